@@ -1,0 +1,91 @@
+"""A residual SiLU network for vectors and small images."""
+
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fvjax import _validate
+from fvjax.types import Array, Key, Model, Params, Scalar
+
+
+def time_embedding(t: Scalar, features: int) -> Array:
+    r"""Sines and cosines of time, sin(w_k t), cos(w_k t), with w_k = k pi / 2, k = 1 ... features / 2.
+
+    The lowest frequency is a quarter period: it is monotone on [0, 1]. With whole periods 2 pi k the network could not
+    tell t = 0 from t = 1.
+
+    Args:
+        t: time, floating point, shape [].
+        features: even number of features, >= 2.
+
+    Returns:
+        [features], sines first, in the dtype of t.
+    """
+    t = jnp.asarray(t)
+    angles = t * jnp.asarray(np.pi / 2 * np.arange(1, features // 2 + 1), t.dtype)
+    return jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])
+
+
+class _ResidualMLP(nn.Module):
+    width: int
+    depth: int
+    time_features: int
+    outputs: int
+
+    @nn.compact
+    def __call__(self, t: Array, x: Array) -> Array:
+        h = nn.Dense(self.width, name="input")(jnp.concatenate([x, time_embedding(t, self.time_features)]))
+        for block in range(self.depth):
+            h = h + nn.silu(nn.Dense(self.width, name=f"block_{block}")(h))
+        return nn.Dense(self.outputs, name="output")(h)
+
+
+def mlp(dims: int | tuple[int, ...], *, width: int = 128, depth: int = 4, time_features: int = 8) -> Model:
+    r"""Returns a residual SiLU network, a velocity field of ONE example.
+
+    h = W_in [x, sin(w t), cos(w t)] + b_in;  `depth` times h <- h + silu(W h + b);  v = W_out h + b_out,
+
+    with x flattened and w_k = k pi / 2, k = 1 ... time_features / 2. Every layer, the last one too, has Flax's default
+    initialisation (LeCun normal weights, zero biases), in float32. For D = prod(dims) the number of parameters is
+
+        (D + time_features + 1) width + depth (width + 1) width + (width + 1) D.
+
+    Args:
+        dims: shape of one example, an int d meaning (d,).
+        width: units of each hidden layer, >= 1.
+        depth: number of residual blocks, >= 1.
+        time_features: even, >= 2; they are the only form in which t enters.
+
+    Returns:
+        Model(init, apply). `init(key)` is a plain nested dict of arrays. `apply(params, t, x)` maps t [] and x [*dims]
+        to a velocity [*dims]; it computes in the dtype of the params and answers in the dtype of x. It raises a
+        ValueError if x is not of shape dims: a batch goes through `jax.vmap(apply, in_axes=(None, 0, 0))`.
+
+    Raises:
+        ValueError: if a size is not an integer >= 1, or `time_features` is odd.
+    """
+    shape = dims if isinstance(dims, tuple) else (dims,)
+    if not shape:
+        raise ValueError("dims must be an integer >= 1 or a non-empty tuple of them, got ()")
+    for size in shape:
+        _validate.positive_integer("dims", size)
+    _validate.positive_integer("width", width)
+    _validate.positive_integer("depth", depth)
+    _validate.even_integer("time_features", time_features)
+    size = math.prod(shape)
+    network = _ResidualMLP(width, depth, time_features, size)
+
+    def init(key: Key) -> Params:
+        return network.init(key, jnp.zeros((), jnp.float32), jnp.zeros(size, jnp.float32))["params"]
+
+    def apply(params: Params, t: Scalar, x: Array) -> Array:
+        if jnp.shape(x) != shape:
+            raise ValueError(f"x must be ONE example of shape {shape} (jax.vmap for a batch), got shape {jnp.shape(x)}")
+        dtype = jax.tree.leaves(params)[0].dtype
+        velocity = jnp.asarray(network.apply({"params": params}, jnp.asarray(t, dtype), jnp.ravel(x).astype(dtype)))
+        return velocity.reshape(shape).astype(x.dtype)
+
+    return Model(init, apply)
