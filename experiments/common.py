@@ -1,0 +1,161 @@
+"""What every experiment does around its computation: command line, run folder, results, progress."""
+
+import csv
+import json
+import platform
+import shlex
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from datetime import datetime
+from pathlib import Path
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+import tyro
+from matplotlib.figure import Figure
+from tqdm import tqdm
+
+import fvjax
+from fvjax.training import NonFiniteLossError
+
+Config = TypeVar("Config")
+Item = TypeVar("Item")
+
+LOG_SECONDS = 10.0
+"""How often a run without a terminal prints a line of progress."""
+
+
+class RunFolder:
+    """A new folder that receives the files of one run, each written whole or not at all."""
+
+    def __init__(self, path: Path) -> None:
+        """Creates the folder.
+
+        Raises:
+            ValueError: if it exists and is not an empty folder.
+        """
+        if path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--out must be a new or an empty folder, got {path}")
+        path.mkdir(parents=True, exist_ok=True)
+        self.path = path
+
+    def write_json(self, name: str, content: Any) -> None:
+        """Writes JSON; non-finite numbers as NaN and Infinity, which Python's json reads back."""
+        self._write(name, (json.dumps(_plain(content), indent=1) + "\n").encode())
+
+    def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes rows as CSV; a key that a row lacks is left empty."""
+        partial = self.path / f".{name}.partial"
+        with partial.open("w", newline="") as stream:
+            writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+            writer.writeheader()
+            writer.writerows(_plain(list(rows)))
+        partial.replace(self.path / name)
+
+    def write_figure(self, name: str, figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Writes a figure as PNG and PDF, and the numbers that it shows as CSV beside it."""
+        folder = RunFolder.__new__(RunFolder)
+        folder.path = self.path / "figures"
+        folder.path.mkdir(exist_ok=True)
+        for ending in ("png", "pdf"):
+            partial = folder.path / f".{name}.partial.{ending}"
+            figure.savefig(partial, dpi=150, metadata={"CreationDate": None} if ending == "pdf" else None)
+            partial.replace(folder.path / f"{name}.{ending}")
+        folder.write_csv(f"{name}.csv", rows)
+
+    def _write(self, name: str, content: bytes) -> None:
+        partial = self.path / f".{name}.partial"
+        partial.write_bytes(content)
+        partial.replace(self.path / name)
+
+
+def _plain(value: Any) -> Any:
+    """Arrays, numpy scalars and paths as what json and csv understand."""
+    if isinstance(value, Mapping):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(item) for item in value]
+    if isinstance(value, jax.Array | np.ndarray | np.generic):
+        return np.asarray(value).tolist()
+    return str(value) if isinstance(value, Path) else value
+
+
+def open_run(experiment: str, out: Path | None) -> RunFolder:
+    """The folder `out`, or runs/<experiment>/<time> in the current directory.
+
+    Raises:
+        ValueError: if it exists and is not an empty folder.
+    """
+    stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
+    return RunFolder(out if out is not None else Path("runs") / experiment / stamp)
+
+
+def environment() -> dict[str, str]:
+    """Versions and machine: what a reader needs to compare two runs."""
+    versions = {name: module.__version__ for name, module in (("jax", jax), ("numpy", np), ("fvjax", fvjax))}
+    return {
+        **versions,
+        "python": platform.python_version(),
+        "platform": f"{platform.system()} {platform.machine()}",
+        "device": jax.devices()[0].device_kind,
+        "command": shlex.join(["python", "-m", *_module_and_arguments()]),
+    }
+
+
+def _module_and_arguments() -> list[str]:
+    spec = getattr(sys.modules["__main__"], "__spec__", None)
+    module = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
+    return [module, *sys.argv[1:]]
+
+
+def progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
+    """Passes `items` on and shows how far they are: a bar with rate and ETA on a terminal, plain lines in a log."""
+    if sys.stderr.isatty():
+        yield from tqdm(items, desc=label, total=total, leave=False)
+        return
+    start = last = time.monotonic()
+    for done, item in enumerate(items, 1):
+        yield item
+        now = time.monotonic()
+        if now - last >= LOG_SECONDS or done == total:
+            last, rate = now, done / (now - start)
+            print(f"{label}: {done}/{total}, {rate:.3g}/s, {(total - done) / rate:.0f} s left", file=sys.stderr)
+
+
+def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
+    """A plain text table: `columns` maps a key of the rows to a format such as ".3g" ("" for text)."""
+    cells = [list(columns)] + [[_cell(row.get(key), form) for key, form in columns.items()] for row in rows]
+    widths = [max(len(row[i]) for row in cells) for i in range(len(columns))]
+    return "\n".join("  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in cells)
+
+
+def _cell(value: Any, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def command_line(
+    config_type: type[Config], check: Callable[[Config], None], main: Callable[[Config, RunFolder], Any], name: str
+) -> None:
+    """Parses, checks and runs: exit 2 with one line on bad input, exit 1 on a non-finite loss; then the folder's name.
+
+    Args:
+        config_type: frozen dataclass with a field `out: Path | None`; its docstring is the help text.
+        check: raises ValueError on bad values.
+        main: the experiment.
+        name: of the experiment.
+    """
+    config = tyro.cli(config_type, prog=f"python -m experiments.{name}")
+    try:
+        check(config)
+        folder = open_run(name, config.out)  # type: ignore[attr-defined]
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    try:
+        main(config, folder)
+    except NonFiniteLossError as error:
+        print(f"error: {error}; what was finished is in {folder.path}", file=sys.stderr)
+        sys.exit(1)
+    print(f"results: {folder.path}")
