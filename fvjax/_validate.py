@@ -89,7 +89,7 @@ def batch(name: str, tree: Any) -> int:
     return int(lengths.pop()[0])
 
 
-def interval(name: str, value: tuple[float, float], low: float, high: float) -> None:
+def interval(name: str, value: Any, low: float, high: float) -> None:
     """Refuses anything but two numbers with, if they are concrete, low <= value[0] < value[1] <= high."""
     is_pair = isinstance(value, tuple | list) and len(value) == 2
     if not is_pair or (is_concrete(value) and not low <= value[0] < value[1] <= high):
@@ -145,10 +145,9 @@ def common_dtype(*arrays: Any) -> np.dtype:
 
     At least float32: there is no linear algebra in half precision.
     """
-    dtype = np.result_type(*(jax.numpy.asarray(x).dtype for x in arrays))
-    if not jax.numpy.issubdtype(dtype, jax.numpy.floating):
-        return np.dtype(jax.numpy.result_type(float))
-    return dtype if jax.numpy.finfo(dtype).bits >= 32 else np.dtype(np.float32)
+    dtypes = {jax.numpy.asarray(x).dtype for x in arrays}
+    floats = [dtype for dtype in dtypes if jax.numpy.issubdtype(dtype, jax.numpy.floating)]
+    return np.result_type(np.float32, *floats) if floats else np.dtype(jax.numpy.result_type(float))
 
 
 def even_integer(name: str, value: Any) -> None:
