@@ -102,8 +102,8 @@ def variance_by_coupling(lines: Sequence[Row], points: Sequence[Row], *, title: 
             chosen = {"coupling": coupling, "field": "ot", "sigma": sigma}
             _line_and_points(axes, _select(lines, **chosen), _select(points, **chosen), style)
         axes.set_title(rf"$\sigma$ = {sigma:g}")
-        axes.set_ylim(bottom=0)
         _angle_axis(axes)
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("total gradient variance at the OT field")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
@@ -120,7 +120,8 @@ def _grid(rows: Sequence[Row], key: str) -> tuple[np.ndarray, np.ndarray, np.nda
 
 def variance_phase(rows: Sequence[Row], *, title: str) -> Figure:
     """Phase diagram of log10 Var(OT) / Var(pair-optimal) over angle and sigma, with its zero line."""
-    angles, sigmas, values = _grid(rows, "log10_ratio")
+    # At 0 degrees both fields are the same.
+    angles, sigmas, values = _grid([row for row in rows if row["angle"] > 0], "log10_ratio")
     figure = Figure(figsize=(6.4, 4.4), layout="constrained")
     axes = figure.subplots()
     diverged = np.isneginf(values)
@@ -133,7 +134,7 @@ def variance_phase(rows: Sequence[Row], *, title: str) -> Figure:
         axes.contour(angles, sigmas, filled, levels=[0], colors="black", linewidths=1.5)
     axes.set_yscale("log")
     axes.set_ylabel(r"noise scale $\sigma$")
-    axes.set_xlabel("rotation angle of the pairs [degrees]")
+    _angle_axis(axes)
     bar = figure.colorbar(mesh, ax=axes, extend="both")
     bar.set_label(r"$\log_{10}$ Var(OT field) / Var(pair-optimal field)")
     axes.set_title(f"{title}\nblue: the noiseless order; red: OT lower; black: pair-optimal infinite", fontsize=10)
@@ -147,9 +148,9 @@ def angle_phase(background: Sequence[Row], integrated: Sequence[Row], trained: S
     angles, sigmas, values = _grid(background, "angle_out")
     norm = Normalize(0, 180)
     mesh = axes.pcolormesh(angles, sigmas, values, cmap="viridis", norm=norm, shading="nearest", rasterized=True)
-    lines = axes.contour(
-        angles, sigmas, np.nan_to_num(values), levels=range(20, 180, 20), colors="white", linewidths=0.6
-    )
+    inside = angles <= 176  # closer to 180 degrees all contours run into one another
+    levels = range(20, 180, 20)
+    lines = axes.contour(angles[inside], sigmas, values[:, inside], levels=levels, colors="white", linewidths=0.6)
     axes.clabel(lines, fmt="%d", fontsize=7)
     for rows, marker, size, label in (
         (integrated, "o", 26, "exact minimiser, integrated"),
@@ -163,10 +164,12 @@ def angle_phase(background: Sequence[Row], integrated: Sequence[Row], trained: S
                 *place, c=color, s=size, marker=marker, cmap="viridis", norm=norm, edgecolors="white", label=label
             )
     axes.set_yscale("log")
-    axes.set_xlabel("rotation angle of the pairs [degrees]")
+    _angle_axis(axes)
     axes.set_ylabel(r"noise scale $\sigma$")
     if integrated or trained:
-        axes.legend(loc="upper left", fontsize=8)
+        legend = axes.legend(loc="upper left", fontsize=8, facecolor="#444444", labelcolor="white")
+        for handle in legend.legend_handles:
+            handle.set_facecolor("none")  # type: ignore[union-attr]
     figure.colorbar(mesh, ax=axes).set_label("rotation that the flow applies [degrees]")
     axes.set_title(title, fontsize=10)
     return figure
@@ -245,8 +248,8 @@ def training_variance(rows: Sequence[Row], *, title: str) -> Figure:
                 panels[i, j].set_yscale("log")
         panels[0, j].set_title(f"{angle:g} degrees")
         panels[1, j].set_xlabel("training step")
-    panels[0, 0].set_ylabel("total gradient variance of the network")
-    panels[1, 0].set_ylabel("loss, mean over dimensions")
+    panels[0, 0].set_ylabel("total gradient variance\nof the network")
+    panels[1, 0].set_ylabel("loss\n(mean over dimensions)")
     panels[0, 0].legend(frameon=False)
     figure.suptitle(title)
     return figure
