@@ -48,10 +48,11 @@ def _line_and_points(axes: Axes, lines: Sequence[Row], points: Sequence[Row], st
     infinite, zero = ~np.isfinite(exact), log & (exact < ZERO)
     axes.plot(angle, np.where(infinite | zero, np.nan, exact), color=color, label=label, zorder=2)
     shown = [row for row in points if np.isfinite(row["exact"]) and not (log and row["exact"] < ZERO)]
+    mean, error = _column(shown, "monte_carlo"), 2 * _column(shown, "standard_error")
     axes.errorbar(
         _column(shown, "angle"),
-        _column(shown, "monte_carlo"),
-        yerr=2 * _column(shown, "standard_error"),
+        mean,
+        yerr=[np.minimum(error, 0.99 * mean) if log else error, error],
         color=color,
         fmt="o",
         markersize=3.5,
@@ -70,20 +71,31 @@ def _line_and_points(axes: Axes, lines: Sequence[Row], points: Sequence[Row], st
         )
 
 
+def _decades(lines: Sequence[Row]) -> tuple[float, float]:
+    """Limits that hold the OT field's line and six decades on either side of its top, less where nothing is there."""
+    values = _column(lines, "exact")
+    values = values[np.isfinite(values) & (values >= ZERO)]
+    if not values.size:
+        return 1e-1, 1e1
+    optimal = _column(_select(lines, field="ot"), "exact")
+    optimal = optimal[np.isfinite(optimal) & (optimal >= ZERO)]
+    top = optimal.max() if optimal.size else float(np.median(values))
+    return max(values.min() / 10, top / 1e6), min(values.max() * 10, top * 1e6)
+
+
 def variance_by_field(lines: Sequence[Row], points: Sequence[Row], *, coupling: str, title: str) -> Figure:
     """Figure 4: total gradient variance of the OT and the pair-optimal field against the angle, one panel a sigma."""
     sigmas = sorted({row["sigma"] for row in lines})
     figure = Figure(figsize=(3.1 * len(sigmas) + 0.6, 3.8), layout="constrained")
-    panels = figure.subplots(1, len(sigmas), squeeze=False, sharey=True)[0]
+    panels = figure.subplots(1, len(sigmas), squeeze=False)[0]
     for axes, sigma in zip(panels, sigmas, strict=True):
         axes.set_yscale("log")
+        axes.set_ylim(*_decades(_select(lines, coupling=coupling, sigma=sigma)))
         for field, style in FIELD_STYLE.items():
             chosen = {"coupling": coupling, "field": field, "sigma": sigma}
             _line_and_points(axes, _select(lines, **chosen), _select(points, **chosen), style)
         axes.set_title(rf"$\sigma$ = {sigma:g}")
         _angle_axis(axes)
-    low, high = panels[0].get_ylim()
-    panels[0].set_ylim(max(low, 1e-8), min(high, 1e10))
     panels[0].set_ylabel("total gradient variance")
     handles, labels = panels[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=2, frameon=False)
@@ -133,8 +145,10 @@ def variance_phase(rows: Sequence[Row], *, title: str) -> Figure:
     if filled.min() < 0 < filled.max():
         axes.contour(angles, sigmas, filled, levels=[0], colors="black", linewidths=1.5)
     axes.set_yscale("log")
+    axes.set_ylim(sigmas[0], sigmas[-1])
     axes.set_ylabel(r"noise scale $\sigma$")
     _angle_axis(axes)
+    axes.set_xlim(0, 182)
     bar = figure.colorbar(mesh, ax=axes, extend="both")
     bar.set_label(r"$\log_{10}$ Var(OT field) / Var(pair-optimal field)")
     axes.set_title(f"{title}\nblue: the noiseless order; red: OT lower; black: pair-optimal infinite", fontsize=10)
@@ -164,6 +178,7 @@ def angle_phase(background: Sequence[Row], integrated: Sequence[Row], trained: S
                 *place, c=color, s=size, marker=marker, cmap="viridis", norm=norm, edgecolors="white", label=label
             )
     axes.set_yscale("log")
+    axes.set_ylim(sigmas[0], sigmas[-1])
     _angle_axis(axes)
     axes.set_ylabel(r"noise scale $\sigma$")
     if integrated or trained:
