@@ -94,7 +94,8 @@ def _grid(angles: int, sigmas: int) -> tuple[Sequence[float], Sequence[float]]:
 
 def _sizes(config: Config, target: str) -> Sizes:
     if config.smoke:
-        return Sizes((0.0, 120.0, 180.0), (0.0, 60.0, 120.0, 180.0), _grid(5, 3), _grid(3, 2))
+        points = (0.0, 120.0, 180.0) if target == "gaussian" else (0.0, 120.0)
+        return Sizes(points, points, _grid(4, 2), _grid(3, 2))
     if target == "gaussian" and config.dim <= 10:
         points = sorted({*np.linspace(0, 180, 13).tolist(), *config.angles})
         return Sizes(points, np.linspace(0, 180, 91).tolist(), _grid(91, 57), _grid(10, 7))

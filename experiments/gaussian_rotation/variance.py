@@ -5,7 +5,7 @@ Everything here is in float64; angles are degrees in rows and radians inside.
 
 import functools
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -22,6 +22,10 @@ from fvjax.types import Array, Key
 
 COUPLINGS = ("ot", "rotated", "independent")
 FIELDS = ("ot", "pair_optimal")
+ZERO = 1e-20
+CALL = 16
+"""Closed forms that one compiled call evaluates, one after the other."""
+
 Row = dict[str, Any]
 
 
@@ -60,18 +64,52 @@ def digits_targets(key: Key) -> tuple[Target, Target]:
     return targets[0], targets[1]
 
 
-def problems(target: Target, degrees: float) -> Iterator[tuple[str, str, AffineMap, GaussianCoupling]]:
-    """The six (coupling, field) of an angle, with the field's parameters and the coupling's law."""
+class Case(NamedTuple):
+    """A field and the pairs it meets: names, parameters of the field, law of the pairs."""
+
+    coupling: str
+    field: str
+    params: AffineMap
+    law: GaussianCoupling
+
+
+def cases_at(target: Target, degrees: float) -> list[Case]:
+    """The six (coupling, field) of an angle, all of one shape, so that they share one compilation."""
     optimal, rotated = target.map(0.0), target.map(degrees)
     laws = {
-        "ot": gaussian.map_coupling(optimal),
-        "rotated": gaussian.map_coupling(rotated),
+        "ot": _widened(gaussian.map_coupling(optimal)),
+        "rotated": _widened(gaussian.map_coupling(rotated)),
         "independent": gaussian.independent_coupling(target.mean, target.cov),
     }
     fields = {"ot": gaussian.pair_optimal(optimal), "pair_optimal": gaussian.pair_optimal(rotated)}
-    for coupling in COUPLINGS:
-        for field in FIELDS:
-            yield coupling, field, fields[field], laws[coupling]
+    return [Case(name, field, fields[field], laws[name]) for name in COUPLINGS for field in FIELDS]
+
+
+def _widened(law: GaussianCoupling) -> GaussianCoupling:
+    """The same law with the factors of an independent coupling, [d, 2 d]: zeros for the second half of xi."""
+    zeros = jnp.zeros_like(law.factor0)
+    return law._replace(
+        factor0=jnp.concatenate([law.factor0, zeros], 1), factor1=jnp.concatenate([law.factor1, zeros], 1)
+    )
+
+
+def exact_values(cases: Sequence[tuple[Case, float]], label: str) -> np.ndarray:
+    """The closed form of every (case, sigma), in calls of one size: one compilation for each dimension."""
+    stacked = [(case.params, case.law, jnp.asarray(sigma)) for case, sigma in cases]
+    parts = [stacked[k : k + CALL] for k in range(0, len(stacked), CALL)]
+    values = []
+    for part in progress(parts, label, len(parts)):
+        padded = part + part[-1:] * (CALL - len(part))
+        values.append(np.asarray(_exact(*jax.tree.map(lambda *x: jnp.stack(x), *padded)))[: len(part)])
+    return np.concatenate(values)
+
+
+@jax.jit
+def _exact(params: AffineMap, law: GaussianCoupling, sigma: Array) -> Array:
+    def value(case: tuple[AffineMap, GaussianCoupling, Array]) -> Array:
+        return gaussian.exact_gradient_variance(case[0], case[1], constant_noise(case[2]))
+
+    return jax.lax.map(value, (params, law, sigma))
 
 
 @functools.partial(jax.jit, static_argnames=("repeats", "draws"))
@@ -98,60 +136,57 @@ def variance_rows(
         Rows of variances (`exact` is inf where the integral diverges, and then the drawn number means nothing), and
         rows of comparisons with the two-sided p-value of Welch's t-test between the `repeats` estimates of both fields.
     """
-    rows: list[Row] = []
-    comparisons: list[Row] = []
-    cells = [(angle, sigma) for angle in angles for sigma in sigmas]
-    for index, (angle, sigma) in enumerate(progress(cells, f"variance, {target.name}", len(cells))):
-        interpolant = constant_noise(sigma)
-        estimates = {}
-        for number, (coupling, field, params, law) in enumerate(problems(target, angle)):
-            cell_key = jax.random.fold_in(jax.random.fold_in(key, index), number)
-            drawn = np.asarray(monte_carlo(cell_key, params, law, interpolant, repeats=repeats, draws=draws))
-            estimates[coupling, field] = drawn
-            rows.append(
-                {
-                    "target": target.name,
-                    "angle": angle,
-                    "sigma": sigma,
-                    "coupling": coupling,
-                    "field": field,
-                    "exact": float(gaussian.exact_gradient_variance(params, law, interpolant)),
-                    "monte_carlo": float(drawn.mean()),
-                    "standard_error": float(drawn.std(ddof=1) / np.sqrt(repeats)),
-                }
-            )
-        for coupling in COUPLINGS:
-            pair = [estimates[coupling, field] for field in FIELDS]
-            exact = [row["exact"] for row in rows[-6:] if row["coupling"] == coupling]
-            comparisons.append(_comparison(target.name, angle, sigma, coupling) | _test(pair, exact))
+    cells = [(case, angle, sigma) for angle in angles for case in cases_at(target, angle) for sigma in sigmas]
+    exact = exact_values([(case, sigma) for case, _, sigma in cells], f"closed form, {target.name}")
+    rows, estimates = [], {}
+    for index, (case, angle, sigma) in enumerate(progress(cells, f"draws, {target.name}", len(cells))):
+        cell_key = jax.random.fold_in(key, index)
+        interpolant = constant_noise(jnp.asarray(sigma))
+        drawn = np.asarray(monte_carlo(cell_key, case.params, case.law, interpolant, repeats=repeats, draws=draws))
+        estimates[angle, sigma, case.coupling, case.field] = drawn, float(exact[index])
+        row = _named(target, angle, sigma, case)
+        row |= {"exact": float(exact[index]), "monte_carlo": float(drawn.mean())}
+        rows.append(row | {"standard_error": float(drawn.std(ddof=1) / np.sqrt(repeats))})
+    comparisons = [
+        {"target": target.name, "angle": angle, "sigma": sigma, "coupling": coupling}
+        | _test(*zip(*(estimates[angle, sigma, coupling, field] for field in FIELDS), strict=True))
+        for angle in angles
+        for sigma in sigmas
+        for coupling in COUPLINGS
+    ]
     return rows, comparisons
 
 
-def _comparison(target: str, angle: float, sigma: float, coupling: str) -> Row:
-    return {"target": target, "angle": angle, "sigma": sigma, "coupling": coupling}
+def _named(target: Target, angle: float, sigma: float, case: Case) -> Row:
+    return {
+        "target": target.name,
+        "angle": angle,
+        "sigma": sigma,
+        "coupling": case.coupling,
+        "field": case.field,
+    }
 
 
-def _test(estimates: list[np.ndarray], exact: list[float]) -> Row:
-    """Which field has the lower variance, exactly and by the draws, and Welch's p-value of the drawn difference."""
+def _test(estimates: Sequence[np.ndarray], exact: Sequence[float]) -> Row:
+    """Which field has the lower variance, exactly and by the draws, and Welch's p-value of the drawn difference.
+
+    Variances below 1e-20 are rounding errors of 0; between two of them there is no difference to test, p = 1.
+    """
     first, second = (float(values.mean()) for values in estimates)
-    scale = max(first, second)
-    same = scale == 0 or abs(first - second) <= 1e-12 * scale or exact[0] == exact[1]
-    spread = max(values.std() for values in estimates)
-    p_value = float(stats.ttest_ind(*estimates, equal_var=False).pvalue) if spread > 1e-12 * scale else float(same)
-    lower = "equal" if same else FIELDS[int(exact[0] > exact[1])]
-    return {"lower": lower, "lower_drawn": FIELDS[int(first > second)], "p_value": p_value}
+    lower = "equal" if exact[0] == exact[1] or max(exact) < ZERO else FIELDS[int(exact[0] > exact[1])]
+    drawn = "equal" if max(first, second) < ZERO else FIELDS[int(first > second)]
+    p_value = 1.0 if drawn == "equal" else float(stats.ttest_ind(*estimates, equal_var=False).pvalue)
+    return {"lower": lower, "lower_drawn": drawn, "p_value": p_value}
 
 
 def exact_lines(target: Target, angles: Sequence[float], sigmas: Sequence[float]) -> list[Row]:
     """The closed form alone on a fine grid of angles: the lines of the figures."""
-    rows = []
-    for angle in progress(angles, f"closed form, {target.name}", len(angles)):
-        for coupling, field, params, law in problems(target, angle):
-            for sigma in sigmas:
-                value = float(gaussian.exact_gradient_variance(params, law, constant_noise(sigma)))
-                row = {"angle": angle, "sigma": sigma, "coupling": coupling, "field": field, "exact": value}
-                rows.append({"target": target.name} | row)
-    return rows
+    cells = [(case, angle, sigma) for angle in angles for case in cases_at(target, angle) for sigma in sigmas]
+    exact = exact_values([(case, sigma) for case, _, sigma in cells], f"lines, {target.name}")
+    return [
+        _named(target, angle, sigma, case) | {"exact": float(value)}
+        for (case, angle, sigma), value in zip(cells, exact, strict=True)
+    ]
 
 
 def phase_rows(target: Target, angles: Sequence[float], sigmas: Sequence[float]) -> list[Row]:
@@ -159,33 +194,31 @@ def phase_rows(target: Target, angles: Sequence[float], sigmas: Sequence[float])
 
     0 where the two are equal (both 0 or both infinite), -inf where only the pair-optimal variance is infinite.
     """
-    rows = []
-    for angle in progress(angles, f"phase diagram, {target.name}", len(angles)):
-        cases = [(params, law) for coupling, _, params, law in problems(target, angle) if coupling == "rotated"]
-        optimal, paired = (np.asarray(_over_sigmas(params, law, jnp.asarray(sigmas))) for params, law in cases)
-        with np.errstate(divide="ignore", invalid="ignore"):
-            ratios = np.where(optimal == paired, 0.0, np.log10(optimal) - np.log10(paired))
-        for sigma, ratio in zip(sigmas, ratios, strict=True):
-            rows.append({"target": target.name, "angle": angle, "sigma": float(sigma), "log10_ratio": float(ratio)})
-    return rows
-
-
-@jax.jit
-def _over_sigmas(params: AffineMap, law: GaussianCoupling, sigmas: Array) -> Array:
-    return jax.lax.map(lambda s: gaussian.exact_gradient_variance(params, law, constant_noise(s)), sigmas)
+    rotated = [case for angle in angles for case in cases_at(target, angle) if case.coupling == "rotated"]
+    cells = [(case, float(sigma)) for case in rotated for sigma in sigmas]
+    values = exact_values(cells, f"phase diagram, {target.name}").reshape(len(angles), len(FIELDS), len(sigmas))
+    optimal, paired = values[:, 0], values[:, 1]
+    with np.errstate(divide="ignore", invalid="ignore"):
+        ratios = np.where(optimal == paired, 0.0, np.log10(optimal) - np.log10(paired))
+    return [
+        {"target": target.name, "angle": angle, "sigma": float(sigma), "log10_ratio": float(ratios[i, j])}
+        for i, angle in enumerate(angles)
+        for j, sigma in enumerate(sigmas)
+    ]
 
 
 def crossings(rows: Sequence[Row]) -> list[Row]:
-    """For every sigma the angle from which on the OT field has the lower variance on rotated pairs, by interpolation.
+    """For every sigma the angle from which on up to 180 degrees the OT field has the lower variance on rotated pairs.
 
-    None where the order never reverses below 180 degrees.
+    By linear interpolation of the logarithm; 0 where it is lower at every angle of the grid, None where it is not lower
+    at 180 degrees.
     """
     found = []
     for sigma in sorted({row["sigma"] for row in rows}):
-        line = sorted((row["angle"], row["log10_ratio"]) for row in rows if row["sigma"] == sigma)
-        angle = None
+        line = sorted((row["angle"], row["log10_ratio"]) for row in rows if row["sigma"] == sigma and row["angle"] > 0)
+        angle = 0.0
         for (a, ratio), (b, following) in itertools.pairwise(line):
-            if ratio > 0 >= following:
+            if ratio >= 0 > following:
                 angle = b if np.isinf(following) else a + (b - a) * ratio / (ratio - following)
-        found.append({"sigma": sigma, "angle": angle})
+        found.append({"sigma": sigma, "angle": angle if line[-1][1] < 0 else None})
     return found

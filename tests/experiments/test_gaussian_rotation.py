@@ -151,10 +151,18 @@ def test_the_minimisers_flow_turns_by_the_selected_angle(x64):
 
 
 def test_crossings_are_interpolated_between_the_signs():
-    """Catches an off-by-one in the grid, and a crossing invented where the order never reverses."""
-    rows = [{"angle": a, "sigma": 0.1, "log10_ratio": r} for a, r in ((0, 0.0), (90, 1.0), (120, -1.0), (180, -np.inf))]
-    rows += [{"angle": a, "sigma": 0.2, "log10_ratio": r} for a, r in ((0, 0.0), (90, 1.0), (180, 2.0))]
-    assert variance.crossings(rows) == [{"sigma": 0.1, "angle": 105.0}, {"sigma": 0.2, "angle": None}]
+    """Catches an off-by-one in the grid, and a crossing invented where the order never or always holds."""
+    lines = {
+        0.1: ((0, 0.0), (90, 1.0), (120, -1.0), (180, -np.inf)),
+        0.2: ((0, 0.0), (90, 1.0), (180, 2.0)),
+        0.3: ((0, 0.0), (90, -1.0), (180, -np.inf)),
+    }
+    rows = [{"angle": a, "sigma": s, "log10_ratio": r} for s, line in lines.items() for a, r in line]
+    assert variance.crossings(rows) == [
+        {"sigma": 0.1, "angle": 105.0},
+        {"sigma": 0.2, "angle": None},
+        {"sigma": 0.3, "angle": 0.0},
+    ]
 
 
 def test_trained_networks_return_their_pairs_at_150_degrees():
