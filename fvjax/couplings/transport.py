@@ -25,7 +25,7 @@ class _Costs(NamedTuple):
 
     Every plan with the same marginals pays the same for the first three terms, so the solvers get `product` alone: in
     high dimension, or far from the origin, the full costs would lose it to rounding (mean >> standard deviation). And
-    adding the terms up inside one jit is what makes XLA slow on CPU (16-19 s instead of 3 s at n = 5000, d = 12288).
+    adding the terms up inside the same jit more than doubles its time on CPU (0.23 against 0.10 s, n = 2000, d = 3072).
     """
 
     constant: Array
@@ -88,7 +88,7 @@ def _assignment(x0: Array, x1: Array) -> Array:
 def assignment(x0: Array, x1: Array) -> Array:
     """The permutation s that minimises sum_i |x0_i - x1_s(i)|^2 over all n! of them (examples are flattened).
 
-    O(n^3): 7 ms at n = 128 and 3 s at n = 1000 on two CPU cores. Nan in a traced batch gives SOME permutation.
+    O(n^3): 5 ms at n = 128 and 2.7 s at n = 1000 (d = 2, two CPU cores). Nan in a traced batch gives SOME permutation.
 
     Args:
         x0: source samples, [n, *dims], n >= 1.
@@ -136,7 +136,8 @@ def _solve(x0: Array, x1: Array, *, epsilon: Scalar, max_iterations: int, thresh
     spread = costs.spread()
     # Equal costs have no spread; every plan is then optimal, and any unit will do.
     unit = jnp.where(spread > 0, spread, 1)
-    scaled, epsilon = costs.product / unit, jnp.asarray(epsilon, unit.dtype)
+    scaled = costs.product / unit
+    epsilon, threshold = jnp.asarray(epsilon, unit.dtype), jnp.asarray(threshold, unit.dtype)
     # The error is looked at every 10th iteration; ott would round max_iterations up to a multiple of that.
     every = math.gcd(max_iterations, 10)
     with jax.numpy_dtype_promotion("standard"):  # ott mixes its types
@@ -144,11 +145,12 @@ def _solve(x0: Array, x1: Array, *, epsilon: Scalar, max_iterations: int, thresh
             geometry.Geometry(cost_matrix=scaled, epsilon=epsilon),
             max_iterations=max_iterations,
             inner_iterations=every,
-            threshold=jnp.asarray(threshold, unit.dtype),
+            threshold=threshold,
         )
     log_plan = (out.f[:, None] + out.g[None, :] - scaled) / epsilon
     error = out.errors[jnp.sum(out.errors != -1) - 1]  # -1 marks the checks that were not reached
-    return SinkhornPlan(log_plan, costs.of_plan(jnp.exp(log_plan)), epsilon * unit, out.converged, error)
+    converged = error < threshold  # out.converged is True too where the error became infinite
+    return SinkhornPlan(log_plan, costs.of_plan(jnp.exp(log_plan)), epsilon * unit, converged, error)
 
 
 def _sinkhorn_options(epsilon: Scalar, max_iterations: int, threshold: Scalar) -> None:
@@ -173,7 +175,7 @@ def sinkhorn_plan(
     and x1 widens the costs, hence raises the absolute epsilon (`SinkhornPlan.epsilon`).
 
     ==================  ========================================================
-    epsilon -> 0        the exact assignment; the iterations grow about as 1/epsilon
+    epsilon -> 0        the exact assignment; takes ever more iterations
     epsilon -> inf      the independent plan, 1/n^2 everywhere
     all costs equal     some plan (all are optimal), never nan; s counts as 1
     ==================  ========================================================
