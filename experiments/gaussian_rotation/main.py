@@ -94,7 +94,7 @@ def _grid(angles: int, sigmas: int) -> tuple[Sequence[float], Sequence[float]]:
 
 def _sizes(config: Config, target: str) -> Sizes:
     if config.smoke:
-        points = (0.0, 120.0, 180.0) if target == "gaussian" else (0.0, 120.0)
+        points: Sequence[float] = (0.0, 120.0, 180.0) if target == "gaussian" else (0.0, 120.0)
         return Sizes(points, points, _grid(4, 2), _grid(3, 2))
     if target == "gaussian" and config.dim <= 10:
         points = sorted({*np.linspace(0, 180, 13).tolist(), *config.angles})
@@ -160,7 +160,7 @@ def main(config: Config, folder: RunFolder) -> dict[str, list[variance.Row]]:
 
 def _digits(run: Run) -> None:
     """The analytic part on the 61 pixels that vary, and on all 64, whose covariance is singular, in a few cells."""
-    whole, varying = variance.digits_targets(jax.random.fold_in(run.key, 2))
+    whole, varying = variance.digits_targets(jax.random.fold_in(run.key, 2), stride=2 if run.config.smoke else 1)
     _analytic(run, varying)
     angles, sigmas = ((60.0,) if run.config.smoke else (0.0, 60.0, 120.0)), (0.0, 0.05)
     draws = _draws(run.config, len(whole.mean))

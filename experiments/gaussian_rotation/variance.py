@@ -39,8 +39,12 @@ class Target(NamedTuple):
 
     def map(self, degrees: float) -> AffineMap:
         """x0 -> mean + cov^(1/2) R x0; the optimal-transport map at 0 degrees."""
-        rotation = couplings.rotation_matrix(np.deg2rad(degrees), len(self.mean), basis=self.basis)
-        return gaussian.rotated_map(self.mean, self.cov, rotation)
+        return _map(self.mean, self.cov, self.basis, jnp.asarray(np.deg2rad(degrees), self.mean.dtype))
+
+
+@jax.jit
+def _map(mean: Array, cov: Array, basis: Array | None, angle: Array) -> AffineMap:
+    return gaussian.rotated_map(mean, cov, couplings.rotation_matrix(angle, len(mean), basis=basis))
 
 
 def isotropic_target(dim: int) -> Target:
@@ -48,14 +52,14 @@ def isotropic_target(dim: int) -> Target:
     return Target("gaussian", jnp.full(dim, 5.0), jnp.eye(dim), None)
 
 
-def digits_targets(key: Key) -> tuple[Target, Target]:
+def digits_targets(key: Key, *, stride: int = 1) -> tuple[Target, Target]:
     """Mean and covariance of scikit-learn's digits in [-1, 1], with random planes: all 64 pixels, and the 61 that vary.
 
     Three pixels are constant, so the covariance of all 64 is singular: A has the eigenvalue 0, I + t (A - I) is
     singular at t = 1, and with noise the variance of every field of Lemma 1 is infinite. The pixels that vary are the
-    same data without that.
+    same data without that. `stride` > 1 takes every stride-th row and column, for a smoke run.
     """
-    images = load_digits().data / 8 - 1
+    images = load_digits().images[:, ::stride, ::stride].reshape(-1, (8 // stride) ** 2) / 8 - 1
     varying = images[:, images.std(0) > 0]
     targets = []
     for name, data in (("digits", images), ("digits_varying", varying)):
@@ -75,32 +79,37 @@ class Case(NamedTuple):
 
 def cases_at(target: Target, degrees: float) -> list[Case]:
     """The six (coupling, field) of an angle, all of one shape, so that they share one compilation."""
-    optimal, rotated = target.map(0.0), target.map(degrees)
-    laws = {
-        "ot": _widened(gaussian.map_coupling(optimal)),
-        "rotated": _widened(gaussian.map_coupling(rotated)),
-        "independent": gaussian.independent_coupling(target.mean, target.cov),
-    }
-    fields = {"ot": gaussian.pair_optimal(optimal), "pair_optimal": gaussian.pair_optimal(rotated)}
+    laws, fields = _laws_and_fields(target.map(0.0), target.map(degrees), target.mean, target.cov)
     return [Case(name, field, fields[field], laws[name]) for name in COUPLINGS for field in FIELDS]
 
 
-def _widened(law: GaussianCoupling) -> GaussianCoupling:
-    """The same law with the factors of an independent coupling, [d, 2 d]: zeros for the second half of xi."""
-    zeros = jnp.zeros_like(law.factor0)
-    return law._replace(
-        factor0=jnp.concatenate([law.factor0, zeros], 1), factor1=jnp.concatenate([law.factor1, zeros], 1)
-    )
+@jax.jit
+def _laws_and_fields(
+    optimal: AffineMap, rotated: AffineMap, mean: Array, cov: Array
+) -> tuple[dict[str, GaussianCoupling], dict[str, AffineMap]]:
+    def widened(law: GaussianCoupling) -> GaussianCoupling:
+        # The factors of an independent coupling, [d, 2 d], with zeros for the second half of xi.
+        zeros = jnp.zeros_like(law.factor0)
+        return law._replace(
+            factor0=jnp.concatenate([law.factor0, zeros], 1), factor1=jnp.concatenate([law.factor1, zeros], 1)
+        )
+
+    laws = {
+        "ot": widened(gaussian.map_coupling(optimal)),
+        "rotated": widened(gaussian.map_coupling(rotated)),
+        "independent": gaussian.independent_coupling(mean, cov),
+    }
+    return laws, {"ot": gaussian.pair_optimal(optimal), "pair_optimal": gaussian.pair_optimal(rotated)}
 
 
 def exact_values(cases: Sequence[tuple[Case, float]], label: str) -> np.ndarray:
     """The closed form of every (case, sigma), in calls of one size: one compilation for each dimension."""
-    stacked = [(case.params, case.law, jnp.asarray(sigma)) for case, sigma in cases]
+    stacked = [(case.params, case.law, np.asarray(sigma)) for case, sigma in cases]
     parts = [stacked[k : k + CALL] for k in range(0, len(stacked), CALL)]
     values = []
     for part in progress(parts, label, len(parts)):
         padded = part + part[-1:] * (CALL - len(part))
-        values.append(np.asarray(_exact(*jax.tree.map(lambda *x: jnp.stack(x), *padded)))[: len(part)])
+        values.append(np.asarray(_exact(*jax.tree.map(lambda *x: np.stack(x), *padded)))[: len(part)])
     return np.concatenate(values)
 
 
