@@ -3,8 +3,8 @@ r"""Gauss rules in time and space, and panels in time that stay exact next to a 
 The affine field makes rational integrands of t with poles where I + t Theta is singular. A Gauss rule of fixed order on
 [0, 1] silently fails once a pole comes near (at 179 degrees by orders of magnitude), so [0, 1] is cut into panels, each
 no longer than the distance from its left end to any pole, and half of that to a pole ahead. There the error of n
-Gauss-Legendre nodes is of the order rho^(-2n) with rho >= 4.6: a real pole, ahead or behind, lies one panel length beyond
-an end (rho = 5.8), and the worst place is straight above the left end, z = -1 + 2i on [-1, 1], where
+Gauss-Legendre nodes is of the order rho^(-2n) with rho >= 4.6: a real pole, ahead or behind, lies one panel length
+beyond an end (rho = 5.8), and the worst place is straight above the left end, z = -1 + 2i on [-1, 1], where
 rho = |z + sqrt(z^2 - 1)| = 4.6. 16 nodes leave 1e-21.
 """
 

@@ -69,6 +69,8 @@ def gradient_moments(
 ) -> GradientMoments:
     """Weighted moments of the per-example gradients of a batch, in memory bounded by `chunk` gradients.
 
+    Call it inside `jax.jit`: outside, every call with a `chunk` compiles its loop again.
+
     Args:
         loss: (params, example) -> scalar for ONE example.
         params: pytree of floating-point arrays.
@@ -122,12 +124,10 @@ def _checked_weights_and_groups(
         by = jnp.asarray(by)
         _validate.integers("by", by)
     if weights is None:
-        return jnp.ones((n,), jnp.float32), by
+        return jnp.ones((n,)), by
     _validate.shape("weights", weights, (n,))
     _validate.nonnegative("weights", weights)
-    weights = jnp.asarray(weights)
-    floating = jnp.issubdtype(weights.dtype, jnp.floating)
-    return weights.astype(_accumulation_dtype(weights) if floating else jnp.float32), by
+    return jnp.asarray(weights, _validate.common_dtype(weights)), by
 
 
 def _in_chunks(tree: Any, n: int, chunk: int) -> Any:

@@ -169,7 +169,8 @@ def _bridge_width(t: Array) -> Array:
 @_bridge_width.defjvp
 def _bridge_width_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
     (t,), (rate,) = primals, tangents
-    inside = jnp.clip(t, jnp.finfo(t.dtype).eps, 1 - jnp.finfo(t.dtype).eps)
+    epsilon = float(jnp.finfo(t.dtype).eps)
+    inside = jnp.clip(t, epsilon, 1 - epsilon)
     return _bridge_width(t), (1 - 2 * inside) / (2 * jnp.sqrt(inside * (1 - inside))) * rate
 
 

@@ -321,7 +321,7 @@ def test_sinkhorn_pairing_knows_no_unit():
 
 
 def law_of_drawing(plan: np.ndarray) -> dict[tuple[int, ...], float]:
-    """Probability of each permutation: rows in all orders, each picks among the free columns in proportion to `plan`."""
+    """Odds of each permutation: rows in all orders, each picks among the free columns in proportion to `plan`."""
     orders = list(itertools.permutations(range(len(plan))))
     law = dict.fromkeys(orders, 0.0)
     for order, permutation in itertools.product(orders, orders):

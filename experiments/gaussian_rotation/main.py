@@ -37,7 +37,7 @@ class Config:
         Literal["both", "gaussian", "digits"],
         tyro.conf.arg(help="gaussian: N(5, I) and trained networks; digits: covariance of real images, analytic part"),
     ] = "both"
-    steps: Annotated[int, tyro.conf.arg(help="training steps of each network")] = 8000
+    steps: Annotated[int, tyro.conf.arg(help="training steps of each network")] = 6000
     width: Annotated[int, tyro.conf.arg(help="units of each hidden layer")] = 128
     pairs: Annotated[int, tyro.conf.arg(help="training pairs of each network, and as many held-out ones")] = 1000
     repeats: Annotated[
@@ -99,7 +99,7 @@ def _sizes(config: Config, target: str) -> Sizes:
     if target == "gaussian" and config.dim <= 10:
         points = sorted({*np.linspace(0, 180, 13).tolist(), *config.angles})
         return Sizes(points, np.linspace(0, 180, 91).tolist(), _grid(91, 57), _grid(10, 7))
-    return Sizes(np.linspace(0, 180, 7).tolist(), np.linspace(0, 180, 25).tolist(), _grid(25, 13), _grid(13, 7))
+    return Sizes(np.linspace(0, 180, 7).tolist(), np.linspace(0, 180, 19).tolist(), _grid(19, 9), _grid(13, 7))
 
 
 @dataclass(frozen=True)

@@ -1,5 +1,6 @@
-"""Gaussian transport exactly: maps, couplings, the affine field of Lemma 1, the variance of its gradient, and what noise
-makes of a rotation. Theory: docs/theory.md, sections 2 to 5.
+"""Gaussian transport exactly: maps, couplings, the affine field, the variance of its gradient, and what noise selects.
+
+Theory: docs/theory.md, sections 2 to 5.
 """
 
 from fvjax.gaussian.laws import GaussianCoupling as GaussianCoupling

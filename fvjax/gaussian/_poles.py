@@ -1,8 +1,9 @@
 r"""The regression problem of the affine field at one time, and the times at which its gradient is singular.
 
-With C = I + t Theta, y = x_t - t theta, w = u_t - theta (so w = y') the field misses its target by v - u_t = C^-1 rho,
-rho = Theta y - C w, because Theta and C commute. The gradient is 2 a and 2 a b^T with b = C^-1 y and a = C^-T C^-1 rho:
-both have poles where C is singular, unless y and rho vanish there in the singular direction (docs/theory.md, section 4).
+With C = I + t Theta, y = x_t - t theta, w = u_t - theta the field misses its target by v - u_t = C^-1 rho with
+rho = Theta y - C w = Theta (y - t w) - w, because Theta and C commute. The gradient is 2 a and 2 a b^T with b = C^-1 y
+and a = C^-T C^-1 rho: both have poles where C is singular, unless y and rho vanish there in the singular direction
+(docs/theory.md, section 4).
 """
 
 from typing import NamedTuple
@@ -55,21 +56,22 @@ def regression_at(problem: Problem, t: Array) -> Regression:
 
     place = columns((x0, x1), (c.alpha, c.beta, c.gamma), -t * theta)
     target = columns((x0, x1), (c.alpha_rate, c.beta_rate, c.gamma_rate), -theta)
-    flow = identity + t * theta_matrix
-    residual = theta_matrix @ place - flow @ target
+    # Before cancellation. x1 = A x0 + mu carries the rounding of that product, |A| |x0| <= (1 + |Theta|) |x0|.
+    slope = jnp.abs(theta_matrix)
+    sizes = jnp.abs(x0), jnp.abs(x1) + jnp.abs(x0) + slope @ jnp.abs(x0)
+    c = jax.tree.map(jnp.abs, c)
+    place_size = columns(sizes, (c.alpha, c.beta, c.gamma), t * jnp.abs(theta))
+    target_size = columns(sizes, (c.alpha_rate, c.beta_rate, c.gamma_rate), jnp.abs(theta))
 
-    # x1 = A x0 + mu carries the rounding of that product, |A| |x0| <= (1 + |Theta|) |x0|.
-    slope, sizes = jnp.abs(theta_matrix), (jnp.abs(x0), jnp.abs(x1) + jnp.abs(x0) + jnp.abs(theta_matrix) @ jnp.abs(x0))
-    place_size = columns(sizes, (jnp.abs(c.alpha), jnp.abs(c.beta), jnp.abs(c.gamma)), t * jnp.abs(theta))
-    target_size = columns(sizes, (jnp.abs(c.alpha_rate), jnp.abs(c.beta_rate), jnp.abs(c.gamma_rate)), jnp.abs(theta))
-    rounding = _rounding(residual) * (slope @ place_size + (identity + t * slope) @ target_size)
+    residual = theta_matrix @ (place - t * target) - target
+    rounding = _rounding(residual) * (slope @ (place_size + t * target_size) + target_size)
     noise = jax.lax.stop_gradient(jnp.where(jnp.abs(residual) <= rounding, residual, 0))
-    return Regression(flow, place, target, residual - noise, place_size + target_size)
+    return Regression(identity + t * theta_matrix, place, target, residual - noise, place_size + target_size)
 
 
-def _rounding(matrix: Array) -> Array:
+def _rounding(matrix: Array) -> float:
     """Relative rounding error that a product of d x d matrices may have, generously."""
-    return 8 * (len(matrix) + 4) * jnp.finfo(matrix.dtype).eps
+    return 8 * (len(matrix) + 4) * float(jnp.finfo(matrix.dtype).eps)
 
 
 class Decomposition(NamedTuple):
@@ -82,45 +84,62 @@ class Decomposition(NamedTuple):
 
 
 def decompose(matrix: Array) -> Decomposition:
+    """Singular value decomposition with the verdict on every singular value."""
     left, values, right = jnp.linalg.svd(matrix)
     null = values <= _rounding(matrix) * jnp.maximum(values[0], 1)
     return Decomposition(left, values, right.T, null)
 
 
-def find_poles(problem: Problem, start: Array, end: Array) -> tuple[_quadrature.Poles, Array, Array]:
-    """The poles of the gradient's moments in t, which of them are removable, and whether the variance is infinite.
+class Singularities(NamedTuple):
+    """Poles of the gradient's moments in t [k], which are removable [k], and what the problem as a whole is like.
 
-    C is singular at t = -1 / lambda for the eigenvalues lambda of Theta. Whether it is singular within [start, end] is
-    asked of the matrix itself, since a double eigenvalue is only good to sqrt(epsilon); the end is always asked, as a
+    `loss`: whether there is any; without, there is no gradient either (Proposition 1). `diverges`: infinite variance.
+    `known`: whether gamma gamma' is a number at both ends, so that the noise can be judged there.
+    """
+
+    poles: _quadrature.Poles
+    removable: Array
+    loss: Array
+    diverges: Array
+    known: Array
+
+
+def find_singularities(problem: Problem, start: Array, end: Array) -> Singularities:
+    """Where C is singular, within [start, end] and beside it, and what that does to the variance.
+
+    That is at t = -1 / lambda for the eigenvalues lambda of Theta. Whether C is singular within [start, end] is asked
+    of the matrix itself, since a double eigenvalue is only good to sqrt(epsilon); the end is always asked, since a
     singular target covariance puts its pole exactly there. Of the poles near a singular time as many as C has zero
     singular values are that time itself, the nearest ones; any other remains a pole (constant beside nearly constant
     coordinates of x1: at 1 and just behind it).
     """
     matrix = problem.params.matrix
-    dtype = matrix.dtype
+    loss = jnp.any(jax.vmap(lambda t: regression_at(problem, t).residual)(jnp.linspace(start, end, 3)) != 0)
     eigenvalues = jnp.linalg.eigvals(matrix)
-    size = jnp.maximum(eigenvalues.real**2 + eigenvalues.imag**2, jnp.finfo(dtype).eps ** 2)
-    poles = _quadrature.Poles(-eigenvalues.real / size, eigenvalues.imag / size)
+    size = eigenvalues.real**2 + eigenvalues.imag**2
+    none = ~loss | (size < jnp.finfo(matrix.dtype).eps ** 2)
+    size = jnp.where(none, 1, size)
+    poles = _quadrature.Poles(jnp.where(none, jnp.inf, -eigenvalues.real / size), eigenvalues.imag / size)
     times = jnp.append(jnp.clip(poles.real, start, end), end)
-    own = jnp.append(poles.distance(times[:-1]), 0)
+    distances = jnp.append(poles.distance(times[:-1]), 0)
 
     def ask(question: tuple[Array, Array]) -> tuple[Array, Array]:
-        time, distance = question
-        return jax.lax.cond(distance < 1e-2, look, lambda *_: (jnp.asarray(False), jnp.asarray(False)), time, distance)
+        return jax.lax.cond((question[1] < 1e-2) & loss, look, lambda *_: (jnp.asarray(False),) * 2, *question)
 
     def look(time: Array, distance: Array) -> tuple[Array, Array]:
-        parts = decompose(jnp.eye(len(matrix), dtype=dtype) + time * matrix)
+        parts = decompose(jnp.eye(len(matrix), dtype=matrix.dtype) + time * matrix)
         nullity, nearer = jnp.sum(parts.null), jnp.sum(poles.distance(time) < distance)
         infinite = jax.lax.cond(nullity > 0, lambda: _diverges_at(problem, time, parts), lambda: jnp.asarray(False))
         return nearer < nullity, infinite
 
-    removable, infinite = jax.lax.map(ask, (times, own))
-    diverges = jnp.any(infinite) | bridge_diverges(problem.interpolant, start)
-    diverges |= bridge_diverges(problem.interpolant, end)
+    removable, infinite = jax.lax.map(ask, (times, distances))
+    drifts = jnp.stack([problem.interpolant.noise_drift(t) for t in (start, end)])
+    bridge = _bridge_diverges(problem.interpolant, start) | _bridge_diverges(problem.interpolant, end)
     # The coefficients of a bridge have poles at 0 and 1; its time range keeps away from both.
-    ends = jnp.where(jnp.stack([start > 0, end < 1]), jnp.asarray([0, 1], dtype), jnp.inf)
-    poles = _quadrature.Poles(jnp.append(poles.real, ends), jnp.append(poles.imag, jnp.zeros(2, dtype)))
-    return poles, jnp.append(removable[:-1], jnp.zeros(2, bool)), diverges
+    ends = jnp.where(jnp.stack([start > 0, end < 1]), jnp.asarray([0, 1], matrix.dtype), jnp.inf)
+    poles = _quadrature.Poles(jnp.append(poles.real, ends), jnp.append(poles.imag, jnp.zeros_like(ends)))
+    removable = jnp.append(removable[:-1], jnp.zeros(2, bool))
+    return Singularities(poles, removable, loss, bridge | jnp.any(infinite), ~jnp.any(jnp.isnan(drifts)))
 
 
 def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
@@ -133,7 +152,7 @@ def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
         V0^T (y - b - tau w) = tau V0^T (v - u_t)   must vanish, else a ~ 1 / (t - tau).
 
     Noise enters every direction: with gamma(tau) > 0 the first line fails. "0" means rounding error in the first line,
-    and its square root in the others, which were divided by singular values. A loss of 0 at all times is not asked.
+    and its square root in the others, which were divided by singular values.
     """
     at, (left, values, right, null) = regression_at(problem, time), parts
     null = null[:, None]
@@ -155,10 +174,7 @@ def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
     missing = jnp.maximum(jnp.abs(left.T @ (limit + drift)), jnp.abs(right.T @ (at.place - limit - drift)))
     pole_in_a = jnp.any(jnp.where(null, missing > tolerance * scale, False))
 
-    start, end = problem.interpolant.time_range
-    others = jnp.stack([time, jnp.asarray(start, time.dtype), jnp.asarray((start + end) / 2, time.dtype)])
-    has_loss = jnp.any(jax.vmap(lambda t: regression_at(problem, t).residual)(others) != 0)
-    return (pole_in_b | pole_in_a) & has_loss
+    return pole_in_b | pole_in_a
 
 
 def _noise(interpolant: Interpolant, time: Array) -> tuple[Array, Array]:
@@ -168,7 +184,7 @@ def _noise(interpolant: Interpolant, time: Array) -> tuple[Array, Array]:
     return interpolant.coefficients(time).gamma, widest
 
 
-def bridge_diverges(interpolant: Interpolant, time: Array) -> Array:
+def _bridge_diverges(interpolant: Interpolant, time: Array) -> Array:
     """Whether gamma' is not square-integrable at this end: gamma = 0 and (gamma^2)' != 0, up to rounding of gamma."""
     epsilon = jnp.finfo(time.dtype).eps
     _, widest = _noise(interpolant, time)

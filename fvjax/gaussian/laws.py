@@ -1,4 +1,4 @@
-"""Gaussian laws: optimal and rotated maps, jointly Gaussian couplings, and the law of (x_t, u_t) at one time."""
+"""Gaussian laws: optimal and rotated maps, and jointly Gaussian couplings."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvjax import _validate
-from fvjax.interpolants import Interpolant
 from fvjax.types import AffineMap, Array, Key, Pair
 
 
@@ -23,11 +22,27 @@ class GaussianCoupling(NamedTuple):
     factor1: Array
 
 
-def square_root(cov: Array) -> Array:
-    """The symmetric root of a positive semi-definite matrix; eigenvalues within rounding of 0 count as 0."""
+def square_root(cov: Array, noise: Array | float = 0.0) -> Array:
+    """The symmetric root of a positive semi-definite matrix; eigenvalues within rounding of 0, or `noise`, are 0."""
+    return _root_above(cov, jnp.asarray(noise, cov.dtype))
+
+
+@jax.custom_jvp
+def _root_above(cov: Array, noise: Array) -> Array:
     values, vectors = jnp.linalg.eigh(cov)
-    noise = len(cov) * jnp.finfo(cov.dtype).eps * jnp.max(jnp.abs(values))
-    return (vectors * jnp.sqrt(jnp.where(values > noise, values, 0))) @ vectors.T
+    floor = jnp.maximum(len(cov) * jnp.finfo(cov.dtype).eps * jnp.max(jnp.abs(values)), noise)
+    return (vectors * jnp.sqrt(jnp.where(values > floor, values, 0))) @ vectors.T
+
+
+@_root_above.defjvp
+def _root_above_jvp(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    """X dX + dX X = dS, solved in the eigenbasis of X; the derivative of eigh is nan at equal eigenvalues (S = I)."""
+    root = _root_above(*primals)
+    values, vectors = jnp.linalg.eigh(root)
+    sums = values[:, None] + values
+    change = vectors.T @ ((tangents[0] + tangents[0].T) / 2) @ vectors
+    zero = sums <= jnp.finfo(root.dtype).eps * jnp.max(sums)
+    return root, vectors @ jnp.where(zero, 0, change / jnp.where(zero, 1, sums)) @ vectors.T
 
 
 def _checked_law(name: str, mean: Array, cov: Array) -> tuple[Array, Array]:
@@ -38,6 +53,7 @@ def _checked_law(name: str, mean: Array, cov: Array) -> tuple[Array, Array]:
 
 
 def checked_map(name: str, map: AffineMap) -> AffineMap:
+    """Returns `map`; refuses a matrix that is not square, or a shift that does not fit it."""
     _validate.square(f"{name}.matrix", map.matrix)
     _validate.shape(f"{name}.shift", map.shift, np.shape(map.matrix)[:1])
     return map
@@ -153,17 +169,34 @@ def gaussian_coupling(
     mean, cov = _checked_law("", mean, cov)
     _validate.shape("cross", cross, cov.shape)
     source_mean, source_cov = _source(len(mean), mean.dtype, source_mean, source_cov)
-    slope = jnp.asarray(cross, cov.dtype) @ jnp.linalg.pinv(source_cov, hermitian=True)
+    cross = jnp.asarray(cross, cov.dtype)
+    slope = cross @ jnp.linalg.pinv(source_cov, hermitian=True)
     remainder = cov - slope @ source_cov @ slope.T
+    # On the scale of cov: where x1 is a function of x0 the remainder is nothing but rounding error.
+    rounding = 10 * len(cov) * jnp.finfo(cov.dtype).eps * jnp.max(jnp.abs(cov))
     remainder = (remainder + remainder.T) / 2
-    _validate.covariance("cov - cross source_cov^-1 cross^T", remainder)
+    if _validate.is_concrete(remainder, rounding):
+        _check_joint(np.asarray(remainder), np.asarray(cross - slope @ source_cov), 100 * float(rounding))
     root = square_root(source_cov)
     return GaussianCoupling(
         source_mean,
         jnp.concatenate([root, jnp.zeros_like(root)], 1),
         mean,
-        jnp.concatenate([slope @ root, square_root(remainder)], 1),
+        jnp.concatenate([slope @ root, square_root(remainder, rounding)], 1),
     )
+
+
+def _check_joint(remainder: np.ndarray, outside: np.ndarray, slack: float) -> None:
+    """Refuses a cross-covariance of which the source or the target has too little variance."""
+    smallest = np.linalg.eigvalsh(remainder).min(initial=0.0)
+    if smallest < -slack:
+        raise ValueError(
+            "cov - cross source_cov^-1 cross^T must be positive semi-definite,"
+            f" got a smallest eigenvalue of {smallest:.3g}"
+        )
+    excess = np.abs(outside).max(initial=0.0)
+    if excess > slack:
+        raise ValueError(f"cross must be 0 where source_cov is singular, got {excess:.3g}")
 
 
 def draw_pairs(key: Key, coupling: GaussianCoupling, n: int) -> Pair:
@@ -175,23 +208,3 @@ def draw_pairs(key: Key, coupling: GaussianCoupling, n: int) -> Pair:
     _validate.positive_integer("n", n)
     xi = jax.random.normal(key, (n, coupling.factor0.shape[1]), coupling.factor0.dtype)
     return Pair(coupling.mean0 + xi @ coupling.factor0.T, coupling.mean1 + xi @ coupling.factor1.T)
-
-
-class PathLaw(NamedTuple):
-    """x_t = mean_x + factor_x xi and u_t = mean_u + factor_u xi at one time, xi ~ N(0, I), the path's noise included."""
-
-    mean_x: Array
-    factor_x: Array
-    mean_u: Array
-    factor_u: Array
-
-
-def path_law(coupling: GaussianCoupling, interpolant: Interpolant, t: Array) -> PathLaw:
-    c = interpolant.coefficients(t)
-    noise = jnp.eye(len(coupling.mean0), dtype=t.dtype)
-    return PathLaw(
-        c.alpha * coupling.mean0 + c.beta * coupling.mean1,
-        jnp.concatenate([c.alpha * coupling.factor0 + c.beta * coupling.factor1, c.gamma * noise], 1),
-        c.alpha_rate * coupling.mean0 + c.beta_rate * coupling.mean1,
-        jnp.concatenate([c.alpha_rate * coupling.factor0 + c.beta_rate * coupling.factor1, c.gamma_rate * noise], 1),
-    )

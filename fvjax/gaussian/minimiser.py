@@ -2,6 +2,7 @@
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 
 from fvjax import _validate
 from fvjax.gaussian.laws import GaussianCoupling
@@ -38,6 +39,9 @@ def population_minimiser(coupling: GaussianCoupling, interpolant: Interpolant) -
         c = interpolant.coefficients(t)
         place = c.alpha * coupling.factor0 + c.beta * coupling.factor1
         rate = c.alpha_rate * coupling.factor0 + c.beta_rate * coupling.factor1
+        # Where x_t is a single point (180 degrees at t = 1/2), what is left of it after rounding is not its support.
+        size = jnp.max(jnp.abs(c.alpha * coupling.factor0) + jnp.abs(c.beta * coupling.factor1))
+        place = jnp.where(jnp.abs(place) > 4 * jnp.finfo(t.dtype).eps * size, place, 0)
         identity = jnp.eye(len(place), dtype=t.dtype)
         cross = rate @ place.T + interpolant.noise_drift(t) * identity
         inverse = jnp.linalg.pinv(
@@ -50,7 +54,7 @@ def population_minimiser(coupling: GaussianCoupling, interpolant: Interpolant) -
     return field
 
 
-def selected_angle(angle: Scalar, sigma: Scalar) -> Array:
+def selected_angle(angle: ArrayLike, sigma: ArrayLike) -> Array:
     r"""Rotation that the flow of the noisy population minimiser applies to rotated Gaussian pairs.
 
     For x1 = mu + R(phi) x0 with x0 ~ N(0, I) and the constant-noise interpolant, in every plane that R rotates,
@@ -77,7 +81,7 @@ def selected_angle(angle: Scalar, sigma: Scalar) -> Array:
     Source: derived in docs/theory.md, section 5.
     """
     _validate.nonnegative("sigma", sigma)
-    angle = jnp.asarray(angle, jnp.result_type(float)) if not hasattr(angle, "dtype") else jnp.asarray(angle)
+    angle = jnp.asarray(angle, _validate.common_dtype(angle))
     pi = jnp.asarray(np.pi, angle.dtype)
     if _validate.is_concrete(angle) and not bool(jnp.all(jnp.abs(angle) <= pi)):
         raise ValueError(f"angle must be in [-pi, pi] radians, got {angle}")
