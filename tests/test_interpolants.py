@@ -200,10 +200,9 @@ def test_another_sigma_does_not_compile_again(name: str) -> None:
     """Catches a sigma hidden in a closure: an interpolant is an argument of a jitted function, not a constant."""
     pair = jax.tree.map(lambda x: x[0], pairs(1, 3))
     chex.clear_trace_counter()
-
-    sample = jax.jit(chex.assert_max_traces(lambda i: draw_path(jax.random.key(0), pair, i), 1))
+    sample = jax.jit(chex.assert_max_traces(lambda i: path_at(pair, i, 0.3, jnp.ones(3)), 1))
     for sigma in (0.1, 0.7):
-        expected = draw_path(jax.random.key(0), pair, FACTORIES[name](sigma))
+        expected = path_at(pair, FACTORIES[name](sigma), 0.3, jnp.ones(3))
         chex.assert_trees_all_close(sample(FACTORIES[name](sigma)), expected, rtol=1e-5, atol=1e-6)
 
 
@@ -212,12 +211,12 @@ def test_vmap_over_sigma(name: str) -> None:
     """Catches a factory that looks at the number: sigma may be batched, and negative values pass while traced."""
     pair, several = jax.tree.map(lambda x: x[0], pairs(1, 3)), jnp.asarray([0.0, 0.4, 1.5])
 
-    def target(sigma: Any) -> Array:
-        return draw_path(jax.random.key(2), pair, FACTORIES[name](sigma)).target
+    def place(sigma: Any) -> Array:
+        return path_at(pair, FACTORIES[name](sigma), 0.3, jnp.ones(3)).x
 
-    one_by_one = jnp.stack([target(float(sigma)) for sigma in several])
-    np.testing.assert_allclose(jax.vmap(target)(several), one_by_one, rtol=1e-5, atol=1e-6)
-    assert np.all(np.isfinite(jax.jit(target)(-0.4)))
+    one_by_one = jnp.stack([place(float(sigma)) for sigma in several])
+    np.testing.assert_allclose(jax.vmap(place)(several), one_by_one, rtol=1e-5, atol=1e-6)
+    assert np.all(np.isfinite(jax.jit(place)(-0.4)))
 
 
 def test_plain_functions_are_interpolants() -> None:

@@ -10,9 +10,9 @@ from fvjax.types import Array
 def inverse(matrix: Array) -> Array:
     """The inverse of a [d, d] matrix by Gauss-Jordan elimination with partial pivoting; inf or nan if singular.
 
-    `jnp.linalg.inv` calls a triangular solver of BLAS that starts threads for every matrix. On a machine with other work
-    each call then waits for a time slice: the exact variance at d = 50, some 150 inverses, took 1.3 s with OpenBLAS on 2
-    busy cores and 17 ms with OPENBLAS_NUM_THREADS=1. This loop takes 20 ms in both cases, and `vmap` runs it in step.
+    `jnp.linalg.inv` calls a triangular solver of BLAS that starts threads for every matrix, and on a busy machine each
+    call waits for them: the exact variance at d = 50, some 150 inverses, took 1.3 s with OpenBLAS on 2 busy cores and
+    17 ms with OPENBLAS_NUM_THREADS=1. This loop takes 20 ms in both cases; `vmap` runs it in step.
     """
     index = jnp.arange(len(matrix))
 

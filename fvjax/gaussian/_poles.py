@@ -114,6 +114,7 @@ def find_singularities(problem: Problem, start: Array, end: Array) -> Singularit
     coordinates of x1: at 1 and just behind it).
     """
     matrix = problem.params.matrix
+    widest = _widest_noise(problem.interpolant, matrix.dtype)
     loss = jnp.any(jax.vmap(lambda t: regression_at(problem, t).residual)(jnp.linspace(start, end, 3)) != 0)
     eigenvalues = jnp.linalg.eigvals(matrix)
     size = eigenvalues.real**2 + eigenvalues.imag**2
@@ -129,20 +130,21 @@ def find_singularities(problem: Problem, start: Array, end: Array) -> Singularit
     def look(time: Array, distance: Array) -> tuple[Array, Array]:
         parts = decompose(jnp.eye(len(matrix), dtype=matrix.dtype) + time * matrix)
         nullity, nearer = jnp.sum(parts.null), jnp.sum(poles.distance(time) < distance)
-        infinite = jax.lax.cond(nullity > 0, lambda: _diverges_at(problem, time, parts), lambda: jnp.asarray(False))
+        infinite = jax.lax.cond(
+            nullity > 0, lambda: _diverges_at(problem, time, parts, widest), lambda: jnp.asarray(False)
+        )
         return nearer < nullity, infinite
 
     removable, infinite = jax.lax.map(ask, (times, distances))
-    drifts = jnp.stack([problem.interpolant.noise_drift(t) for t in (start, end)])
-    bridge = _bridge_diverges(problem.interpolant, start) | _bridge_diverges(problem.interpolant, end)
+    infinite_rate, known = _judge_ends(problem.interpolant, jnp.stack([start, end]), widest)
     # The coefficients of a bridge have poles at 0 and 1; its time range keeps away from both.
     ends = jnp.where(jnp.stack([start > 0, end < 1]), jnp.asarray([0, 1], matrix.dtype), jnp.inf)
     poles = _quadrature.Poles(jnp.append(poles.real, ends), jnp.append(poles.imag, jnp.zeros_like(ends)))
     removable = jnp.append(removable[:-1], jnp.zeros(2, bool))
-    return Singularities(poles, removable, loss, bridge | jnp.any(infinite), ~jnp.any(jnp.isnan(drifts)))
+    return Singularities(poles, removable, loss, infinite_rate | jnp.any(infinite), known)
 
 
-def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
+def _diverges_at(problem: Problem, time: Array, parts: Decomposition, widest: Array) -> Array:
     r"""Whether the variance is not integrable at a time tau at which C is singular, C = U diag(s) V^T.
 
     Let U0, V0 be the columns of U, V with s = 0. U0^T (C b - y) and its derivative vanish, and Theta = (C - I) / tau:
@@ -157,13 +159,12 @@ def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
     at, (left, values, right, null) = regression_at(problem, time), parts
     null = null[:, None]
     epsilon, rounding = jnp.finfo(time.dtype).eps, _rounding(parts.left)
-    gamma, widest = _noise(problem.interpolant, time)
     data = 1 + problem.coupling.factor0.shape[1]
     xi = jnp.full((data - 1,), jnp.linalg.norm(at.size[:, 1:data]))
     scale = jnp.concatenate([jnp.linalg.norm(at.size[:, :1], axis=0), xi, jnp.full(len(null), widest)])
 
     pole_in_b = jnp.any(jnp.where(null, jnp.abs(left.T @ at.place) > rounding * scale, False)[:, :data])
-    pole_in_b |= gamma > epsilon**1.5 * widest
+    pole_in_b |= problem.interpolant.coefficients(time).gamma > epsilon**1.5 * widest
 
     limit = right @ (jnp.where(null, 0, 1 / values[:, None]) * (left.T @ at.place))
     u, s, vt = jnp.linalg.svd(jnp.where(null & null.T, left.T @ right, 0))
@@ -177,16 +178,15 @@ def _diverges_at(problem: Problem, time: Array, parts: Decomposition) -> Array:
     return pole_in_b | pole_in_a
 
 
-def _noise(interpolant: Interpolant, time: Array) -> tuple[Array, Array]:
-    """gamma at `time`, and the largest gamma of a few times: what its rounding error is relative to (sin(pi)^2)."""
-    sample = jnp.linspace(0, 1, 9, dtype=time.dtype)
-    widest = jnp.max(jax.vmap(lambda t: interpolant.coefficients(t).gamma)(sample))
-    return interpolant.coefficients(time).gamma, widest
+def _widest_noise(interpolant: Interpolant, dtype: jnp.dtype) -> Array:
+    """The largest gamma of a few times: what the rounding error of gamma is relative to (sin(pi)^2 is not 0)."""
+    return jnp.max(jax.vmap(lambda t: interpolant.coefficients(t).gamma)(jnp.linspace(0, 1, 9, dtype=dtype)))
 
 
-def _bridge_diverges(interpolant: Interpolant, time: Array) -> Array:
-    """Whether gamma' is not square-integrable at this end: gamma = 0 and (gamma^2)' != 0, up to rounding of gamma."""
-    epsilon = jnp.finfo(time.dtype).eps
-    _, widest = _noise(interpolant, time)
-    drift = jnp.abs(interpolant.noise_drift(time))
-    return (drift > epsilon * widest**2) & (interpolant.coefficients(time).gamma ** 2 <= epsilon * drift)
+def _judge_ends(interpolant: Interpolant, ends: Array, widest: Array) -> tuple[Array, Array]:
+    """Whether gamma' is not square-integrable at an end, gamma = 0 and (gamma^2)' != 0, and whether that is known."""
+    epsilon = jnp.finfo(ends.dtype).eps
+    gamma = jax.vmap(lambda t: interpolant.coefficients(t).gamma)(ends)
+    drift = jnp.abs(jax.vmap(interpolant.noise_drift)(ends))
+    infinite = (drift > epsilon * widest**2) & (gamma**2 <= epsilon * drift)
+    return jnp.any(infinite), ~jnp.any(jnp.isnan(drift))

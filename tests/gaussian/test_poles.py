@@ -179,10 +179,11 @@ def test_nearly_constant_beside_constant_coordinates(x64: None, small: float) ->
 
 
 def test_noise_that_vanishes_where_the_matrix_is_singular(x64: None) -> None:
-    """Catches sin(pi)^2 = 1e-32 taken for noise at t = 1; the Brownian bridge by default stops before it."""
-    optimal, _, coupling = problem(60.0, SINGULAR)
-    for bridge in (fvjax.smooth_bridge(0.3), fvjax.brownian_bridge(0.3)):
-        assert np.isfinite(exact_gradient_variance(optimal, coupling, bridge))
+    """Catches sin(pi)^2 = 1e-32 taken for noise at t = 1, where the target's constant coordinate has its pole."""
+    cov = np.array([[1.0, 0.5], [0.5, 0.25]])
+    optimal, _, _ = problem(60.0, cov)
+    coupling = gaussian.independent_coupling(optimal.shift, cov)
+    assert np.isfinite(exact_gradient_variance(optimal, coupling, fvjax.smooth_bridge(0.3)))
     assert np.isposinf(exact_gradient_variance(optimal, coupling, fvjax.gaussian_source(0.1)))
 
 
@@ -202,8 +203,6 @@ def test_noise_that_cannot_be_judged_is_nan(x64: None) -> None:
     _, params, coupling = problem(60.0, PLANE[0])
     bare = fvjax.linear()._replace(gamma=jnp.sqrt)
     assert np.isnan(exact_gradient_variance(params, coupling, bare))
-    told = bare._replace(noise_rate=lambda t: 0.5 * jnp.ones_like(t))
-    assert np.isposinf(exact_gradient_variance(params, coupling, told))
 
 
 @given(scale=st.integers(-8, 8).map(lambda e: 10.0**e), angle=st.sampled_from([60.0, 180.0]))
@@ -219,20 +218,6 @@ def test_verdicts_do_not_depend_on_the_unit_of_length(x64: None, scale: float, a
                 m2 = exact_gradient_moments(*larger, fvjax.constant_noise(scale * sigma)).m2
                 np.testing.assert_allclose(jnp.sum(m2.shift), scale**2 * jnp.sum(base.shift), rtol=1e-9)
                 np.testing.assert_allclose(jnp.sum(m2.matrix), scale**4 * jnp.sum(base.matrix), rtol=1e-9)
-
-
-def test_gradient_next_to_a_removable_pole(x64: None) -> None:
-    """Catches unused panels at the pole: `vmap` computes them too, and 0 * inf is nan."""
-    optimal, _, coupling = problem(60.0, SINGULAR)
-
-    def scaled(s: jax.Array) -> jax.Array:
-        larger = coupling._replace(factor0=s * coupling.factor0)
-        return exact_gradient_variance(optimal, larger, fvjax.linear())
-
-    slope = jax.vmap(jax.grad(scaled))(jnp.array([1.0, 1.5]))
-    step = 1e-5
-    expected = [(scaled(s + step) - scaled(s - step)) / (2 * step) for s in (1.0, 1.5)]
-    np.testing.assert_allclose(slope, expected, rtol=1e-7)
 
 
 def test_lemma_1(x64: None) -> None:

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 import fvjax
 from fvjax import gaussian
-from fvjax.couplings import random_basis, rotation_matrix
+from fvjax.couplings import rotation_matrix
 from fvjax.gaussian import AffineMap, GaussianCoupling, exact_gradient_moments, exact_gradient_variance
 from fvjax.gradients import elementwise_variance
 
@@ -83,12 +83,12 @@ def test_closed_form_is_what_draws_show(x64: None, dim: int, draws: int) -> None
     """Catches what closed form and quadrature share: the law of the pairs, of the noise and of the time.
 
     The standard error comes from 40 independent estimates, so the deviation follows Student's t with 39 degrees of
-    freedom, and |t| > 3 has probability 0.47%: one of the 15 comparisons would fail for 7% of the seeds.
+    freedom, and |t| > 3 has probability 0.47%: one of the 12 comparisons would fail for 6% of the seeds.
     """
     cov, interpolant, repeats = anisotropic(dim), fvjax.constant_noise(0.2), 40
     optimal, pair_optimal, _ = rotated(np.rad2deg(2.0), dim, cov)
     cases = [(p, c) for p in (optimal, pair_optimal) for c in couplings(cov).values()]
-    cases = [cases[0], cases[2], cases[3]] if dim == 50 else cases
+    cases = cases if dim == 2 else [cases[0], cases[2], cases[3]]
 
     @jax.jit
     def estimate(key: jax.Array, params: AffineMap, coupling: GaussianCoupling) -> jax.Array:
@@ -221,24 +221,40 @@ def test_profile_integrates_to_the_total(x64: None) -> None:
     np.testing.assert_allclose(one.variance, variance[3, 4], rtol=1e-12)
 
 
-def variance_of(angle: jax.Array, sigma: jax.Array, offset: jax.Array) -> jax.Array:
-    """Of an anisotropic target, differentiable in everything; parameters `offset` away from the pair-optimal ones."""
-    map = gaussian.rotated_map(jnp.full(2, 0.5), jnp.asarray(anisotropic(2), angle.dtype), rotation_matrix(angle, 2))
-    direction = AffineMap(jnp.array([[0.3, -1.2], [0.7, 0.4]]), jnp.array([1.1, -0.6]))
-    params = jax.tree.map(lambda x, d: x + offset * d, gaussian.pair_optimal(map), direction)
-    return exact_gradient_variance(params, gaussian.map_coupling(map), fvjax.constant_noise(sigma))
+def variance_along(problem: tuple, sigma: jax.Array, step: jax.Array) -> jax.Array:
+    """Where parameters and the scale of the source have gone a step in given directions."""
+    params, coupling, direction, growth = problem
+    params = jax.tree.map(lambda x, d: x + step * d, params, direction)
+    coupling = coupling._replace(factor0=(1 + step * growth) * coupling.factor0)
+    return exact_gradient_variance(params, coupling, fvjax.constant_noise(sigma))
 
 
 def test_jit_vmap_and_grad(x64: None) -> None:
-    """Catches a derivative that is lost in the panels' positions, and panels of one example used for another."""
-    points = jnp.array([[0.5, 0.05, 0.0], [2.0, 0.2, 0.1], [2.6, 0.05, -0.02], [3.1, 0.3, 0.0]])
-    values, slopes = jax.jit(jax.vmap(jax.value_and_grad(lambda p: variance_of(*p))))(points)
-    np.testing.assert_allclose(values, [variance_of(*p) for p in points], rtol=1e-11)
-    assert np.isinf(values[3])
-    for point, slope in zip(points[:3], slopes, strict=False):
-        step = 1e-6 * jnp.eye(3)
-        differences = [(variance_of(*(point + h)) - variance_of(*(point - h))) / 2e-6 for h in step]
-        np.testing.assert_allclose(slope, differences, rtol=1e-6)
+    """Catches a derivative that is lost in the panels' positions, and panels of one example used for another.
+
+    The last problem has a pole at t = 1 that is removable (constant coordinate, no noise): `vmap` also computes the
+    unused panels, and a node there would make 0 * inf = nan. The last but one is infinite.
+    """
+    direction = AffineMap(jnp.array([[0.3, -1.2], [0.7, 0.4]]), jnp.array([1.1, -0.6]))
+    still = jax.tree.map(jnp.zeros_like, direction)
+    constant, _, coupling = rotated(60.0, cov=np.array([[1.0, 0.5], [0.5, 0.25]]))
+    problems = [(*rotated(angle, cov=anisotropic(2))[1:], direction, 0.5) for angle in (30.0, 120.0, 150.0, 175.0)]
+    problems.append((constant, coupling, still, 1.0))
+    sigmas = jnp.array([0.05, 0.2, 0.05, 0.3, 0.0])
+    stacked = jax.tree.map(lambda *x: jnp.stack([jnp.asarray(y) for y in x]), *problems)
+
+    both = jax.jit(jax.vmap(jax.value_and_grad(variance_along, argnums=(1, 2))))
+    values, (by_sigma, by_step) = both(stacked, sigmas, jnp.zeros(5))
+    expected = [variance_along(p, s, 0.0) for p, s in zip(problems, sigmas, strict=True)]
+    np.testing.assert_allclose(values, expected, rtol=1e-11)
+    assert list(np.isinf(values)) == [False, False, False, True, False]
+    h = 1e-6
+    for i in (0, 1, 2, 4):
+        difference = variance_along(problems[i], sigmas[i], h) - variance_along(problems[i], sigmas[i], -h)
+        np.testing.assert_allclose(by_step[i], difference / (2 * h), rtol=1e-6)
+    for i in (0, 1, 2):
+        up, down = (variance_along(problems[i], sigmas[i] + s, 0.0) for s in (h, -h))
+        np.testing.assert_allclose(by_sigma[i], (up - down) / (2 * h), rtol=1e-6)
 
 
 def test_other_values_do_not_compile_again(x64: None, caplog: pytest.LogCaptureFixture) -> None:
@@ -266,10 +282,8 @@ def test_single_precision(angle: float) -> None:
 
 
 def test_plain_functions_make_an_interpolant(x64: None) -> None:
-    """Catches coefficients that have to come from the factories; a random basis so that nothing is diagonal."""
+    """Catches coefficients that have to come from the factories."""
     own = fvjax.Interpolant(lambda t: 1 - t, lambda t: t, lambda t: 0.3 * jnp.ones_like(t))
-    basis = random_basis(jax.random.key(0), 2)
-    map = gaussian.rotated_map(jnp.zeros(2), anisotropic(2), rotation_matrix(1.0, 2, basis=basis))
-    params, coupling = gaussian.pair_optimal(map), gaussian.map_coupling(map)
+    _, params, coupling = rotated(100.0, cov=anisotropic(2))
     expected = exact_gradient_variance(params, coupling, fvjax.constant_noise(0.3))
     np.testing.assert_allclose(exact_gradient_variance(params, coupling, own), expected, rtol=1e-14)

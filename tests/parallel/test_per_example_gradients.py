@@ -103,7 +103,7 @@ def test_moments_over_devices_are_those_of_one(size: int) -> None:
 
 
 def test_draws_and_moments_do_not_depend_on_the_number_of_devices() -> None:
-    """Catches keys that depend on the device: draws with the global index, then moments, on 1, 2 and 4 devices."""
+    """Catches keys that depend on the device: draws with the global index, then moments, on 1 and 4 devices."""
     params, batch, _ = problem()
 
     def local(params: Params, pairs: Pair) -> tuple[PathSample, GradientMoments]:
@@ -115,24 +115,22 @@ def test_draws_and_moments_do_not_depend_on_the_number_of_devices() -> None:
         over_devices = jax.pmap(local, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices(size))
         return over_devices(params, split(Pair(batch.x, batch.target), size))
 
-    one, *several = (jax.device_get(run(size)) for size in SIZES)
-    for other in several:
-        chex.assert_trees_all_equal(other[0], one[0])
-        chex.assert_trees_all_close(other[1], one[1], rtol=1e-4, atol=1e-3)
+    one, four = (jax.device_get(run(size)) for size in (1, 4))
+    chex.assert_trees_all_equal(four[0], one[0])
+    chex.assert_trees_all_close(four[1], one[1], rtol=1e-4, atol=1e-3)
 
 
-@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("size", [2, 4])
 def test_a_split_batch_is_refused_outside_pmap(size: int) -> None:
     """Catches the silent zeros of sharp edge 1; a batch that lies whole on every device is welcome."""
     params, batch, loop = problem()
     whole = jax.device_put(batch, NamedSharding(mesh(size), P()))
     found = per_example_gradients(LOSS, jax.device_put(params, NamedSharding(mesh(size), P())), whole)
     chex.assert_trees_all_close(found, loop, rtol=1e-4, atol=1e-5)
-    if size > 1:
-        parts = jax.device_put(batch, NamedSharding(mesh(size), P(AXIS)))
-        for function in (per_example_gradients, gradient_moments):
-            with pytest.raises(ValueError, match=r"batch must lie on one device .*use jax.pmap.*, got NamedSharding"):
-                function(LOSS, params, parts)
+    parts = jax.device_put(batch, NamedSharding(mesh(size), P(AXIS)))
+    for function in (per_example_gradients, gradient_moments):
+        with pytest.raises(ValueError, match=r"batch must lie on one device .*use jax.pmap.*, got NamedSharding"):
+            function(LOSS, params, parts)
 
 
 @pytest.mark.parametrize("size", [2, 4])
