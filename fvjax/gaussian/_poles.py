@@ -108,10 +108,10 @@ def find_singularities(problem: Problem, start: Array, end: Array) -> Singularit
     """Where C is singular, within [start, end] and beside it, and what that does to the variance.
 
     That is at t = -1 / lambda for the eigenvalues lambda of Theta. Whether C is singular within [start, end] is asked
-    of the matrix itself, since a double eigenvalue is only good to sqrt(epsilon); the end is always asked, since a
-    singular target covariance puts its pole exactly there. Of the poles near a singular time as many as C has zero
-    singular values are that time itself, the nearest ones; any other remains a pole (constant beside nearly constant
-    coordinates of x1: at 1 and just behind it).
+    of the matrix itself, since a double eigenvalue is only good to sqrt(epsilon), and one of multiplicity m to its m-th
+    root; the end is asked too, since a singular target covariance puts its pole exactly there. Of the poles near a
+    singular time as many as C has zero singular values are that time itself, the nearest ones; any other remains a pole
+    (constant beside nearly constant coordinates of x1: at 1 and just behind it).
     """
     matrix = problem.params.matrix
     widest = _widest_noise(problem.interpolant, matrix.dtype)
@@ -122,7 +122,7 @@ def find_singularities(problem: Problem, start: Array, end: Array) -> Singularit
     size = jnp.where(none, 1, size)
     poles = _quadrature.Poles(jnp.where(none, jnp.inf, -eigenvalues.real / size), eigenvalues.imag / size)
     times = jnp.append(jnp.clip(poles.real, start, end), end)
-    distances = jnp.append(poles.distance(times[:-1]), 0)
+    distances = jnp.append(poles.distance(times[:-1]), jnp.where(jnp.min(poles.distance(end)) < 0.1, 0, jnp.inf))
 
     def ask(question: tuple[Array, Array]) -> tuple[Array, Array]:
         return jax.lax.cond((question[1] < 1e-2) & loss, look, lambda *_: (jnp.asarray(False),) * 2, *question)
