@@ -45,6 +45,19 @@ class AffineMap(NamedTuple):
         return self.matrix @ x + self.shift
 
 
+class GradientMoments(NamedTuple):
+    """Weight, mean and weighted sum of squared deviations of gradients; mergeable.
+
+    With G groups every field has a leading axis G (`weight` [G], leaves of `mean` and `m2` [G, *leaf]); without,
+    `weight` has shape [] and the leaves those of the params. At least float32. `m2` may hold its trace instead: one
+    number a leaf ([], or [G]), the sum over the leaf's coordinates.
+    """
+
+    weight: Array
+    mean: Params
+    m2: Params
+
+
 VelocityField = Callable[[Params, Scalar, Array], Array]
 """(params, t, x[*dims]) -> velocity[*dims], for ONE example; the caller vmaps."""
 

@@ -49,7 +49,8 @@ def tree(flat: Any) -> dict[str, Array]:
 def moments(flat: Any, **options: Any) -> GradientMoments:
     """Moments of the given gradients, in their dtype."""
     batch = tree(flat)
-    return gradient_moments(inner, jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), batch), batch, **options)
+    params = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), batch)
+    return gradient_moments(inner, params, batch, elementwise=True, **options)
 
 
 merge = jax.jit(merge_moments)

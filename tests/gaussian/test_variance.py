@@ -25,7 +25,9 @@ INTERPOLANTS: dict[str, Callable[[], fvjax.Interpolant]] = {
     "gaussian_source": lambda: fvjax.gaussian_source(0.1),
 }
 LOSS = fvjax.squared_error(gaussian.affine_field)
-quadrature = jax.jit(lambda params, paths, weights: fvjax.gradient_moments(LOSS, params, paths, weights=weights))
+quadrature = jax.jit(
+    lambda params, paths, weights: fvjax.gradient_moments(LOSS, params, paths, elementwise=True, weights=weights)
+)
 
 
 def anisotropic(dim: int) -> np.ndarray:

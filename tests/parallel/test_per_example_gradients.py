@@ -88,7 +88,9 @@ def test_moments_over_devices_are_those_of_one(size: int) -> None:
 
     def local(params: Params, data: Any) -> GradientMoments:
         examples, weights, by = data
-        return gradient_moments(LOSS, params, examples, weights=weights, by=by, groups=4, chunk=3, axis_name=AXIS)
+        return gradient_moments(
+            LOSS, params, examples, elementwise=True, weights=weights, by=by, groups=4, chunk=3, axis_name=AXIS
+        )
 
     over_devices = jax.pmap(local, axis_name=AXIS, in_axes=(None, 0), out_axes=None, devices=devices(size))
     found = over_devices(params, split((batch, weights, by), size))

@@ -1,0 +1,232 @@
+"""Which sites a loss has, which params meet data there, and how the gradient of every leaf is put together."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from fvjax.sites import _rules
+from fvjax.sites._program import Kind, Program, Step
+from fvjax.sites._rules import Site
+from fvjax.types import Array
+
+LARGE_RATIO = 16
+"""Gradients that are formed example by example are slow if they are this many times larger than what they are made of."""
+
+# Steps that lay a value out anew, without repeating an element: their pullbacks keep every coordinate as it is.
+_LAYOUTS = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "slice", "split"}
+# Steps whose derivative is the identity.
+_IDENTITIES = {"convert_element_type", "copy", "add", "sub"}
+
+
+class Cluster(NamedTuple):
+    """Roots whose per-example gradients are formed together.
+
+    `targets` are the values whose gradients are reduced: the roots themselves or, if `joint`, leaves of the params, to
+    which the gradients of the roots are pulled back example by example.
+    """
+
+    roots: tuple[int, ...]
+    sites: tuple[Site, ...]
+    targets: tuple[int, ...]
+    joint: bool
+
+    @property
+    def is_product(self) -> bool:
+        """Whether all sites are dot products that lie alike in one root: their norms need no per-example gradient."""
+        if self.joint or len(self.roots) > 1 or not all(map(_rules.is_dot, self.sites)):
+            return False
+        return len({_rules.dot_layout(site) for site in self.sites}) == 1
+
+    @property
+    def path(self) -> str:
+        """The rules in words."""
+        names = {_rules.describe(site) for site in self.sites}
+        return " + ".join(sorted(names)) + (", pulled back per example" if self.joint else "")
+
+
+class Plan(NamedTuple):
+    """The program, the clusters that together hold the gradient of every leaf, and the way from leaves to roots.
+
+    `chain` are the steps from leaves to roots; `roots_of` names, for the leaves that are not in a joint cluster, the
+    roots that are their disjoint parts.
+    """
+
+    program: Program
+    clusters: tuple[Cluster, ...]
+    chain: tuple[Step, ...]
+    roots_of: dict[int, tuple[int, ...]]
+
+    def leaves_of(self, cluster: Cluster) -> list[int]:
+        """The leaves whose gradient a cluster holds, or holds a part of."""
+        if cluster.joint:
+            return list(cluster.targets)
+        return [leaf for leaf, roots in self.roots_of.items() if set(roots) & set(cluster.roots)]
+
+    def is_slow(self, cluster: Cluster) -> bool:
+        """Whether it costs as much as `vmap(grad)`: whole programs, and gradients much larger than their factors."""
+        avals = self.program.avals
+        if any(map(_rules.is_slow, cluster.sites)):
+            return True
+        factors = sum(avals[i].size for site in cluster.sites for i in (*site.data, *site.outputs))
+        formed = sum(avals[target].size for target in cluster.targets)
+        return cluster.joint and formed > LARGE_RATIO * factors
+
+    def spread(self, leaf: int, value: Array) -> list[Array]:
+        """The parts of a leaf that its roots are, linearly and in the dtype of `value`."""
+        known = {leaf: value}
+        for step in self.chain:
+            source = next((i for i in step.inputs if i in known), None)
+            if source is not None:
+                known |= {step.outputs[0]: known[source]} if step.name in _IDENTITIES else step.run(known)
+        return [known[root] for root in self.roots_of[leaf]]
+
+    def pullback(self, cluster: Cluster, fixed: dict[int, Any]) -> Callable[[list[Array]], list[Array]]:
+        """From the roots of a joint cluster to its leaves, at the given values of what depends on no data."""
+        chain = _chain(self.program, set(cluster.roots))
+
+        def roots(leaves: list[Array]) -> list[Array]:
+            known = fixed | dict(zip(cluster.targets, leaves, strict=True))
+            for step in chain:
+                known |= step.run(known)
+            return [known[r] for r in cluster.roots]
+
+        values, pull = jax.vjp(roots, [fixed[leaf] for leaf in cluster.targets])
+        return lambda gradients: pull([g.astype(v.dtype) for g, v in zip(gradients, values, strict=True)])[0]
+
+
+def make_plan(program: Program) -> Plan:
+    """Finds the sites of a program and the clusters of its leaves."""
+    sites = _sites(program)
+    touched = [tuple(dict.fromkeys(operand.root for operand in site.operands)) for site in sites]
+    roots = tuple(dict.fromkeys(root for group in touched for root in group))
+    chain = _chain(program, set(roots))
+    leaves_of = _dependence(program, chain)
+    used = set().union(*(leaves_of[root] for root in roots))
+    parts = _Parts(program, chain, set(roots))
+    direct = {leaf for leaf in used if parts.are_disjoint(leaf)}
+
+    clusters = []
+    for group in _connected([*used, *roots], [*touched, *((root, *leaves_of[root]) for root in roots)]):
+        leaves, own = group & used, tuple(root for root in roots if root in group)
+        joint = not leaves <= direct
+        for together in [set(own)] if joint else _connected(own, (t for t in touched if t[0] in group)):
+            members = tuple(root for root in roots if root in together)
+            targets = tuple(leaf for leaf in program.leaves if leaf in leaves) if joint else members
+            inside = tuple(site for site, t in zip(sites, touched, strict=True) if t[0] in together)
+            clusters.append(Cluster(members, inside, targets, joint))
+    joined = {leaf for cluster in clusters if cluster.joint for leaf in cluster.targets}
+    roots_of = {leaf: tuple(r for r in roots if leaf in leaves_of[r]) for leaf in used - joined}
+    return Plan(program, tuple(clusters), tuple(chain), roots_of)
+
+
+def _sites(program: Program) -> list[Site]:
+    varying, reaching = _varying(program), _reaching(program)
+    producers = {o: step for step in program.steps for o in step.outputs if o is not None}
+    sites = []
+    for step in program.steps:
+        outputs = tuple(o for o in step.outputs if o in reaching and program.kinds[o] == Kind.DATA)
+        if outputs and step.name != "stop_gradient" and varying.intersection(step.inputs):
+            operands = _rules.find_operands(program, step, producers, varying)
+            data = dict.fromkeys(i for i in step.inputs if program.kinds[i] == Kind.DATA)
+            sites.append(Site(step, operands, tuple(data), outputs))
+    return sites
+
+
+def _varying(program: Program) -> set[int]:
+    """The values that depend on params alone, and have a derivative with respect to them."""
+    varying = {leaf for leaf in program.leaves if program.differentiable(leaf)}
+    for step in program.steps:
+        if step.name != "stop_gradient" and varying.intersection(step.inputs):
+            varying.update(o for o in step.outputs if program.differentiable(o) and program.kinds[o] == Kind.PARAMS)
+    return varying
+
+
+def _reaching(program: Program) -> set[int]:
+    """The values through which the loss can be differentiated: what lies behind a stop_gradient is left out."""
+    reaching = {program.loss}
+    for step in reversed(program.steps):
+        if step.name != "stop_gradient" and reaching.intersection(o for o in step.outputs if o is not None):
+            reaching.update(i for i in step.inputs if program.differentiable(i))
+    return reaching
+
+
+def _chain(program: Program, roots: set[int]) -> list[Step]:
+    """The steps that make the roots from the leaves; what they take from constants alone is not among them."""
+    wanted, chain = set(roots), []
+    for step in reversed(program.steps):
+        if wanted.intersection(o for o in step.outputs if o is not None):
+            wanted.update(step.inputs)
+            if any(program.kinds[i] == Kind.PARAMS for i in step.inputs):
+                chain.append(step)
+    return chain[::-1]
+
+
+def _dependence(program: Program, chain: list[Step]) -> dict[int, set[int]]:
+    """The leaves on which each value of the chain depends; a stop_gradient only makes it larger than necessary."""
+    depends = {leaf: {leaf} for leaf in program.leaves}
+    for step in chain:
+        own = set().union(*(depends.get(i, set()) for i in step.inputs))
+        depends |= {o: own for o in step.outputs if o is not None}
+    return depends
+
+
+class _Parts:
+    """Decides whether the roots of a leaf are disjoint parts of it, each used as it is."""
+
+    def __init__(self, program: Program, chain: list[Step], roots: set[int]) -> None:
+        self.program, self.roots = program, roots
+        self.uses: dict[int, list[Step]] = defaultdict(list)
+        for step in chain:
+            for value in dict.fromkeys(step.inputs):
+                self.uses[value].append(step)
+
+    def are_disjoint(self, value: int) -> bool:
+        uses = self.uses[value]
+        if len(uses) + (value in self.roots) > 1 and (value in self.roots or not _disjoint_slices(uses)):
+            return False
+        return all(
+            self._keeps_coordinates(step, value) and all(self.are_disjoint(o) for o in step.outputs if o is not None)
+            for step in uses
+        )
+
+    def _keeps_coordinates(self, step: Step, value: int) -> bool:
+        avals = self.program.avals
+        output = avals[next(o for o in step.outputs if o is not None)]
+        others = [i for i in step.inputs if i != value]
+        if not (_real(avals[value]) and _real(output)) or any(self.program.kinds[i] != Kind.CONSTANT for i in others):
+            return False
+        if step.name in {"add", "sub"}:
+            counted = step.inputs.count(value) == 1 and (step.name == "add" or step.inputs[0] == value)
+            return counted and output.shape == avals[value].shape
+        if step.name == "broadcast_in_dim":
+            return output.size == avals[value].size
+        return not others and step.name in _LAYOUTS | _IDENTITIES
+
+
+def _real(aval: Any) -> bool:
+    return jnp.issubdtype(aval.dtype, jnp.floating)
+
+
+def _disjoint_slices(steps: Sequence[Step]) -> bool:
+    """Whether the steps cut pieces without a common element from one array (boxes: strides are not looked at)."""
+    if any(step.name != "slice" for step in steps):
+        return False
+    boxes = [list(zip(s.options["start_indices"], s.options["limit_indices"], strict=True)) for s in steps]
+
+    def apart(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
+        return any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(one, other, strict=True))
+
+    return all(apart(box, other) for i, box in enumerate(boxes) for other in boxes[:i])
+
+
+def _connected(items: Iterable[int], links: Iterable[Iterable[int]]) -> list[set[int]]:
+    """The connected components of the items under the links."""
+    component = {item: {item} for item in items}
+    for link in links:
+        merged = set().union(*(component[item] for item in link))
+        for item in merged:
+            component[item] = merged
+    return list({id(group): group for group in component.values()}.values())

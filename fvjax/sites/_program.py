@@ -1,0 +1,191 @@
+"""The loss of one example as a flat list of equations, each of whose values is constant, made of params, or data."""
+
+import enum
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.extend.core as jex
+import jax.numpy as jnp
+
+from fvjax.types import Array, Params
+
+UNROLLED = 64
+"""Scans that mix params with data are unrolled up to this many iterations; longer ones stay one site."""
+
+# Calls without a derivative rule of their own: what they do is what their equations do.
+_CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+
+
+class Kind(enum.IntEnum):
+    """What a value depends on; that of an equation's outputs is the largest of its inputs."""
+
+    CONSTANT = 0
+    PARAMS = 1
+    DATA = 2
+
+
+class Step(NamedTuple):
+    """An equation between values that are named by integers; None for an output that nobody reads."""
+
+    equation: Any
+    inputs: tuple[int, ...]
+    outputs: tuple[int | None, ...]
+
+    @property
+    def name(self) -> str:
+        """The name of the primitive."""
+        return self.equation.primitive.name
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The parameters of the primitive."""
+        return self.equation.params
+
+    def run(self, values: dict[int, Any]) -> dict[int, Any]:
+        """The outputs, from a dictionary that holds the inputs."""
+        variables = {v: i for v, i in zip(self.equation.invars, self.inputs, strict=True) if isinstance(v, jex.Var)}
+        read = [(v, o) for v, o in zip(self.equation.outvars, self.outputs, strict=True) if o is not None]
+        debug = jex.DebugInfo("fvjax.sites", self.name, ("",) * len(variables), ("",) * len(read))
+        jaxpr = jex.Jaxpr((), list(variables), [v for v, _ in read], [self.equation], self.equation.effects, debug)
+        results = jex.jaxpr_as_fun(jex.ClosedJaxpr(jaxpr, ()))(*(values[i] for i in variables.values()))
+        return {o: r for (_, o), r in zip(read, results, strict=True)}
+
+
+class Program(NamedTuple):
+    """The steps of the loss, in order, and what is known of every value."""
+
+    steps: list[Step]
+    avals: list[Any]
+    kinds: list[Kind]
+    constants: dict[int, Any]
+    leaves: list[int]
+    example: list[int]
+    loss: int
+
+    def differentiable(self, value: int | None) -> bool:
+        """Whether the value is of a floating or complex type."""
+        return value is not None and jnp.issubdtype(self.avals[value].dtype, jnp.inexact)
+
+    def size(self, value: int) -> int:
+        """The number of its elements."""
+        return int(self.avals[value].size)
+
+
+def trace(loss: Callable[[Params, Any], Array], params: Params, example: Any) -> Program:
+    """Traces `loss` at the shapes of `params` and of one `example`.
+
+    The loss is multiplied by one more input, a 1 that counts as data: so the last equation always is a data equation,
+    even if the loss does not depend on the example.
+    """
+
+    def scaled(params: Params, example: Any, one: Array) -> Array:
+        value = jnp.asarray(loss(params, example))
+        if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
+            raise ValueError(f"loss must return a real scalar, got shape {value.shape}, {value.dtype}")
+        return value * one.astype(value.dtype)
+
+    closed = jax.make_jaxpr(scaled)(params, example, jax.ShapeDtypeStruct((), jnp.float32))
+    flat = _Flattener()
+    count = len(jax.tree.leaves(params))
+    inputs = [
+        flat.new(v.aval, Kind.PARAMS if i < count else Kind.DATA) for i, v in enumerate(closed.jaxpr.invars)
+    ]
+    (value,) = flat.inline(closed, inputs)
+    steps = _live(flat.steps, {value})
+    return Program(steps, flat.avals, flat.kinds, flat.constants, inputs[:count], inputs[count:], value)
+
+
+class _Flattener:
+    """Collects the steps. Sub-jaxprs are shared between calls, so every call numbers its values anew."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+        self.avals: list[Any] = []
+        self.kinds: list[Kind] = []
+        self.constants: dict[int, Any] = {}
+        self._seen: dict[Any, tuple[int | None, ...]] = {}
+
+    def new(self, aval: Any, kind: Kind) -> int:
+        self.avals.append(aval)
+        self.kinds.append(kind)
+        return len(self.avals) - 1
+
+    def constant(self, value: Any) -> int:
+        index = self.new(jax.typeof(value), Kind.CONSTANT)
+        self.constants[index] = value
+        return index
+
+    def inline(self, closed: Any, inputs: Sequence[int]) -> list[int]:
+        jaxpr = closed.jaxpr
+        values = dict(zip(jaxpr.constvars, map(self.constant, closed.consts), strict=True))
+        values |= zip(jaxpr.invars, inputs, strict=True)
+
+        def read(atom: Any) -> int:
+            return self.constant(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+
+        for equation in jaxpr.eqns:
+            values |= zip(equation.outvars, self.equation(equation, [read(v) for v in equation.invars]), strict=True)
+        return [read(v) for v in jaxpr.outvars]
+
+    def equation(self, equation: Any, inputs: list[int]) -> Sequence[int | None]:
+        kinds = {self.kinds[i] for i in inputs}
+        name = equation.primitive.name
+        if Kind.PARAMS in kinds:
+            if name in _CALLS:
+                return self.inline(_body(equation), inputs)
+            if name == "scan" and Kind.DATA in kinds and equation.params["length"] <= UNROLLED:
+                return self.inline(_unrolled(equation), inputs)
+        kind = max(kinds, default=Kind.CONSTANT)
+        # The same function of the same params is one value: a layer that is called twice is then one root.
+        key = _identity(equation, inputs) if kind == Kind.PARAMS else None
+        if key is not None and key in self._seen:
+            return self._seen[key]
+        outputs = tuple(None if isinstance(v, jex.DropVar) else self.new(v.aval, kind) for v in equation.outvars)
+        self.steps.append(Step(equation, tuple(inputs), outputs))
+        if key is not None and None not in outputs:
+            self._seen[key] = outputs
+        return outputs
+
+
+def _identity(equation: Any, inputs: list[int]) -> Any:
+    """What makes two equations the same, or None where the options cannot be compared."""
+    literals = tuple(repr(v.val) if isinstance(v, jex.Literal) else i for v, i in zip(equation.invars, inputs, strict=True))
+    key = (equation.primitive, literals, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
+    try:
+        hash(key)
+    except TypeError:
+        return None
+    return key
+
+
+def _body(equation: Any) -> Any:
+    body = equation.params["jaxpr"] if "jaxpr" in equation.params else equation.params["call_jaxpr"]
+    return body if isinstance(body, jex.ClosedJaxpr) else jex.ClosedJaxpr(body, ())
+
+
+def _unrolled(equation: Any) -> Any:
+    """The jaxpr of a scan with its iterations written out."""
+    options = equation.params
+    consts, carries, length = options["num_consts"], options["num_carry"], options["length"]
+    body = jex.jaxpr_as_fun(options["jaxpr"])
+
+    def run(*inputs: Any) -> list[Any]:
+        fixed, carry, xs = inputs[:consts], inputs[consts : consts + carries], inputs[consts + carries :]
+        ys: list[Any] = [None] * length
+        for k in reversed(range(length)) if options["reverse"] else range(length):
+            outputs = body(*fixed, *carry, *(jax.lax.index_in_dim(x, k, keepdims=False) for x in xs))
+            carry, ys[k] = outputs[:carries], outputs[carries:]
+        return [*carry, *(jnp.stack(y) for y in zip(*ys, strict=True))]
+
+    return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars))
+
+
+def _live(steps: list[Step], wanted: set[int]) -> list[Step]:
+    """The steps on which the wanted values depend, and those with side effects."""
+    wanted, kept = set(wanted), []
+    for step in reversed(steps):
+        if step.equation.effects or wanted.intersection(o for o in step.outputs if o is not None):
+            wanted.update(step.inputs)
+            kept.append(step)
+    return kept[::-1]
