@@ -216,7 +216,10 @@ def _block_moments(
     weights, by, groups = weighting
     n = len(weights)
     if block >= n:
-        return _moments.moments_of(jax.vmap(gradient)(example), weights, by, groups, trace=trace)
+        values = jax.vmap(gradient)(example)
+        if trace and by is None:
+            return _products.traces(values, weights)
+        return _moments.moments_of(values, weights, by, groups, trace=trace)
     first = jnp.argmax(weights > 0)
     origin = [jnp.where(jnp.any(weights > 0), g, 0) for g in gradient(jax.tree.map(lambda x: x[first], example))]
 
