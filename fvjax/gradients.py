@@ -20,9 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvjax import _validate
-from fvjax._moments import merge_groups as merge_groups
-from fvjax._moments import merge_moments as merge_moments
-from fvjax._moments import trailing
+from fvjax._moments import merge_groups, merge_moments, trailing
 from fvjax.sites import moments as gradient_moments
 from fvjax.types import Array, GradientMoments, Params
 
@@ -81,8 +79,8 @@ def elementwise_variance(moments: GradientMoments, *, ddof: int = 0) -> Params:
     for mean, m2 in zip(jax.tree.leaves(moments.mean), jax.tree.leaves(moments.m2), strict=True):
         if mean.shape != m2.shape:
             raise ValueError(
-                f"moments must be elementwise (gradient_moments(..., elementwise=True)), got m2 of shape {m2.shape} for a"
-                f" mean of shape {mean.shape}"
+                "moments must be elementwise, as gradient_moments(..., elementwise=True) gives them, got m2 of shape"
+                f" {m2.shape} for a mean of shape {mean.shape}"
             )
     return _normalised(moments, ddof)
 

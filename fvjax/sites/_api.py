@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from fvjax import _moments, _validate
-from fvjax.sites import _engine, _rules
+from fvjax.sites import _engine
 from fvjax.sites._plan import Plan, make_plan
 from fvjax.sites._program import trace
 from fvjax.types import Array, GradientMoments, Params
@@ -50,7 +50,7 @@ def square_norms(
     weights: Array | None = None,
     chunk: int | None = None,
 ) -> SquareNorms:
-    """The loss and the squared gradient norm of every example, |g_i|^2, and the mean gradient sum_i w_i g_i / sum_i w_i.
+    """The loss and squared gradient norm |g_i|^2 of every example, and the mean gradient, sum_i w_i g_i / sum_i w_i.
 
     Call it inside `jax.jit`: outside, every call traces the loss again and runs it equation by equation.
 
@@ -74,21 +74,21 @@ def square_norms(
     Source: docs/theory.md, section 7.
     """
     n, plan, paths = _prepared(loss, params, batch)
-    weights, _ = _checked_weights_and_groups(n, weights, None, None)
-    leaves, structure = jax.tree.flatten(params)
+    weights, _ = _checked_options(n, weights, chunk=chunk)
+    leaves, structure = _flat(params)
 
     def of_chunk(batch: Any, weights: Array | None) -> tuple[Array, list[Array], list[Array]]:
         passed = _engine.backward(plan, leaves, jax.tree.leaves(batch))
         found: dict[int, tuple[Array, Array]] = {}
         for cluster in plan.clusters:
             found |= zip(cluster.targets, _engine.cluster_norms(plan, cluster, passed, weights), strict=True)
-        means, norms = _by_leaf(plan, leaves, found, (), lambda dtype: jnp.zeros(len(passed.losses), dtype))
+        means, norms = _by_leaf(plan, leaves, found, nothing=lambda dtype: jnp.zeros(len(passed.losses), dtype))
         return passed.losses, means, norms
 
-    if _validate_chunk(chunk, n):
+    if chunk is None or chunk >= n:
         losses, means, norms = of_chunk(batch, weights)
     else:
-        losses, means, norms = _norms_in_chunks(of_chunk, batch, weights, chunk, n)
+        losses, means, norms = _norms_in_chunks(of_chunk, batch, weights, chunk=chunk)
     total = sum(norms[1:], norms[0]) if norms else jnp.zeros(n)
     tree = jax.tree.unflatten(structure, norms) if by_leaf else None
     return SquareNorms(losses, jax.tree.unflatten(structure, means), total, tree, paths)
@@ -135,8 +135,8 @@ def moments(
     Source: docs/theory.md, section 7.
     """
     n, plan, _ = _prepared(loss, params, batch)
-    weights, by = _checked_weights_and_groups(n, weights, by, groups)
-    leaves, structure = jax.tree.flatten(params)
+    weights, by = _checked_options(n, weights, by, groups, chunk=chunk)
+    leaves, structure = _flat(params)
     lead = () if groups is None else (groups,)
 
     def of_chunk(piece: tuple[Any, Array | None, Array | None]) -> GradientMoments:
@@ -147,11 +147,12 @@ def moments(
         for cluster in plan.clusters:
             parts = _engine.cluster_moments(plan, cluster, passed, weighting, trace=not elementwise)
             found |= zip(cluster.targets, parts, strict=True)
-        means, m2 = _by_leaf(plan, leaves, found, lead, None if elementwise else lambda dtype: jnp.zeros(lead, dtype))
+        no_trace = None if elementwise else lambda dtype: jnp.zeros(lead, dtype)
+        means, m2 = _by_leaf(plan, leaves, found, lead=lead, nothing=no_trace)
         trees = (jax.tree.unflatten(structure, x) for x in (means, m2))
         return GradientMoments(weighting.totals(len(passed.losses)), *trees)
 
-    if _validate_chunk(chunk, n):
+    if chunk is None or chunk >= n:
         found = of_chunk((batch, weights, by))
     else:
         found = _moments.merge_chunks(of_chunk, _moments.in_chunks(batch, _ones(weights, n), by, chunk))
@@ -196,17 +197,25 @@ def _path(plan: Plan, leaf: int) -> str:
 def _warn_of_slow_paths(plan: Plan, names: Sequence[str]) -> None:
     for cluster in filter(plan.is_slow, plan.clusters):
         slow = [name for name, leaf in zip(names, plan.program.leaves, strict=True) if leaf in plan.leaves_of(cluster)]
+        shown = ", ".join(slow[:3]) + (", ..." if len(slow) > 3 else "")
         warnings.warn(
-            f"the gradients of {len(slow)} leaves of params ({', '.join(slow[:3])}{', ...' if len(slow) > 3 else ''}) are"
-            f" formed example by example ({cluster.path}), as slowly as by vmap(grad)",
+            f"the gradients of {len(slow)} of {len(names)} leaves of params ({shown}) are formed example by example"
+            f" ({cluster.path}), as slowly as by vmap(grad); see docs/theory.md, section 7",
             SlowPathWarning,
             stacklevel=4,
         )
 
 
-def _checked_weights_and_groups(
-    n: int, weights: Array | None, by: Array | None, groups: int | None
+def _flat(params: Params) -> tuple[list[Array], Any]:
+    leaves, structure = jax.tree.flatten(params)
+    return [jnp.asarray(leaf) for leaf in leaves], structure
+
+
+def _checked_options(
+    n: int, weights: Array | None, by: Array | None = None, groups: int | None = None, *, chunk: int | None
 ) -> tuple[Array | None, Array | None]:
+    if chunk is not None:
+        _validate.positive_integer("chunk", chunk)
     if (by is None) != (groups is None):
         raise ValueError(f"by and groups must be given together, got by={by}, groups={groups}")
     if groups is not None:
@@ -221,13 +230,6 @@ def _checked_weights_and_groups(
     return weights, by
 
 
-def _validate_chunk(chunk: int | None, n: int) -> bool:
-    """Whether everything fits into one chunk."""
-    if chunk is not None:
-        _validate.positive_integer("chunk", chunk)
-    return chunk is None or chunk >= n
-
-
 def _ones(weights: Array | None, n: int) -> Array:
     return jnp.ones(n) if weights is None else weights
 
@@ -236,9 +238,10 @@ def _norms_in_chunks(
     of_chunk: Callable[[Any, Array], tuple[Array, list[Array], list[Array]]],
     batch: Any,
     weights: Array | None,
+    *,
     chunk: int,
-    n: int,
 ) -> tuple[Array, list[Array], list[Array]]:
+    n = len(jax.tree.leaves(batch)[0])
     pieces, piece_weights, _ = _moments.in_chunks(batch, _ones(weights, n), None, chunk)
 
     def body(sums: list[Array], piece: tuple[Any, Array]) -> tuple[list[Array], tuple[Array, list[Array]]]:
@@ -258,7 +261,8 @@ def _by_leaf(
     plan: Plan,
     leaves: Sequence[Array],
     found: dict[int, tuple[Array, Array]],
-    lead: tuple[int, ...],
+    *,
+    lead: tuple[int, ...] = (),
     nothing: Callable[[Any], Array] | None,
 ) -> tuple[list[Array], list[Array]]:
     """Means and second quantities of every leaf, from those of the targets.

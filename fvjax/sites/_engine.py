@@ -58,12 +58,12 @@ class Backward(NamedTuple):
 
 
 @jax.custom_vjp
-def _probe(value: Array, delta: Array) -> Array:  # noqa: ARG001
+def _probe(value: Array, _delta: Array) -> Array:
     """`value`, with the derivative of value + delta: delta collects the cotangent, and costs nothing forward."""
     return value
 
 
-_probe.defvjp(lambda value, delta: (value, None), lambda _, cotangent: (cotangent, cotangent))
+_probe.defvjp(lambda value, _: (value, None), lambda _, cotangent: (cotangent, cotangent))
 
 
 def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> Backward:
@@ -106,28 +106,25 @@ def gradient_of_one(plan: Plan, cluster: Cluster, fixed: dict[int, Any]) -> Grad
     avals = plan.program.avals
 
     def gradient(example: Example) -> list[Array]:
-        data, cotangents = example
         total: dict[int, Array] = {}
         for site in cluster.sites:
-            for root, value in _at_site(plan, site, fixed, data, [cotangents[o] for o in site.outputs]).items():
+            for root, value in _at_site(plan, site, fixed, example).items():
                 total[root] = total[root] + value if root in total else value
         gradients = [total[root] for root in cluster.roots]
         gradients = gradients if pull is None else pull(gradients)
-        return [g.astype(_moments.accumulation_dtype(avals[t])) for g, t in zip(gradients, cluster.targets, strict=True)]
+        dtypes = [_moments.accumulation_dtype(avals[target]) for target in cluster.targets]
+        return [g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
 
     return gradient
 
 
-def _at_site(
-    plan: Plan, site: _rules.Site, fixed: dict[int, Any], data: dict[int, Array], cotangents: list[Array]
-) -> dict[int, Array]:
-    if _rules.is_dot(site) or _rules.is_convolution(site):
+def _at_site(plan: Plan, site: _rules.Site, fixed: dict[int, Any], example: Example) -> dict[int, Array]:
+    """The gradients of ONE example at one site, by root."""
+    data, cotangents = example[0], [example[1][o] for o in site.outputs]
+    if _rules.is_product(site):
         root = site.operands[0].root
-        factors = _rules.widened(data[site.data[0]]), _rules.widened(cotangents[0])
-        if _rules.is_convolution(site):
-            return {root: _rules.convolution_gradient(site, *factors)}
-        product = _rules.contract(_rules.dot_factors(site, *factors))
-        return {root: _rules.dot_layout(site).into_root(product, plan.program.avals[root].shape)}
+        product = _rules.contract(_rules.factors(site, data[site.data[0]], cotangents[0]))
+        return {root: _rules.layout(site).into_root(product, plan.program.avals[root].shape)}
     known = fixed | {i: data[i] for i in site.data}
     return {root: _rules.widened(g) for root, g in _rules.derivative(site, known, cotangents).items()}
 
@@ -164,20 +161,20 @@ def cluster_moments(
     block = _block(plan, cluster, n)
 
     def one_by_one(weights: Array) -> list[tuple[Array, Array]]:
-        moments = _block_moments(gradient, example, (weights, by, groups), block, trace=trace)
+        moments = _block_moments(gradient, example, Weighting(weights, by, groups), block=block, trace=trace)
         return list(zip(moments.mean, moments.m2, strict=True))
 
-    if not cluster.is_product or (groups is not None and groups > _products.MOST_GROUPS):
+    layout = cluster.layout
+    if layout is None or (groups is not None and groups > _products.MOST_GROUPS):
         return one_by_one(weights)
-    layout, shape = _rules.dot_layout(cluster.sites[0]), plan.program.avals[cluster.roots[0]].shape
-    factors = _factors(cluster, example)
-    if not _products.pays(factors, elementwise=not trace):
+    if not _products.pays(layout, cluster.length, elementwise=not trace):
         return one_by_one(weights)
+    factors, shape = _factors(cluster, example), plan.program.avals[cluster.roots[0]].shape
 
     def within(weights: Array | None) -> tuple[Array, Array]:
         def fallback() -> Array:
-            own = jnp.ones(n) if weights is None else weights
-            return _block_moments(gradient, example, (own, None, None), block, trace=trace).m2[0]
+            whole = Weighting(weights, None, None)
+            return _block_moments(gradient, example, whole, block=block, trace=trace).m2[0]
 
         def laid_out(product: Array) -> Array:
             return layout.into_root(product, shape)
@@ -193,28 +190,21 @@ def _factors(cluster: Cluster, example: Example) -> _rules.Factors:
     """The factors of all examples, [n, groups, L, ...]; several sites of one root are more rows of the same product."""
     data, cotangents = example
     parts = [
-        jax.vmap(lambda d, c, s=site: _rules.dot_factors(s, _rules.widened(d), _rules.widened(c)))(
-            data[site.data[0]], cotangents[site.outputs[0]]
-        )
+        jax.vmap(lambda d, c, s=site: _rules.factors(s, d, c))(data[site.data[0]], cotangents[site.outputs[0]])
         for site in cluster.sites
     ]
     return parts[0] if len(parts) == 1 else _rules.Factors(*(jnp.concatenate(f, 2) for f in zip(*parts, strict=True)))
 
 
 def _block_moments(
-    gradient: Gradient,
-    example: Example,
-    weighting: tuple[Array, Array | None, int | None],
-    block: int,
-    *,
-    trace: bool,
+    gradient: Gradient, example: Example, weighting: Weighting, *, block: int, trace: bool
 ) -> GradientMoments:
     """Moments of the gradients, a block of examples at a time, relative to the gradient of the first that counts.
 
     So the running mean is rounded on the scale of the deviations, as in `_moments.merge_chunks`.
     """
-    weights, by, groups = weighting
-    n = len(weights)
+    n = len(jax.tree.leaves(example)[0])
+    weights, by, groups = weighting.of(n), weighting.by, weighting.groups
     if block >= n:
         values = jax.vmap(gradient)(example)
         if trace and by is None:
@@ -230,7 +220,7 @@ def _block_moments(
             own = _moments.moments_of(values, w, group, groups, trace=trace)
             return _moments.merge_moments(total, own), None
         w, group = w[0], None if group is None else group[0]
-        if group is not None:
+        if group is not None and groups is not None:
             w = jnp.where((group >= 0) & (group < groups), w, 0)
             group = jnp.clip(group, 0, groups - 1)
         values = gradient(jax.tree.map(lambda x: x[0], examples))
@@ -246,19 +236,15 @@ def _block_moments(
     return total._replace(mean=mean)
 
 
-def cluster_norms(
-    plan: Plan, cluster: Cluster, passed: Backward, weights: Array | None
-) -> list[tuple[Array, Array]]:
+def cluster_norms(plan: Plan, cluster: Cluster, passed: Backward, weights: Array | None) -> list[tuple[Array, Array]]:
     """Weighted mean and squared norms [n] of every target of a cluster."""
     n = len(passed.losses)
     example, gradient = passed.of(cluster), gradient_of_one(plan, cluster, passed.fixed)
     block = _block(plan, cluster, n)
-    if not cluster.is_product:
+    layout = cluster.layout
+    if layout is None or not _products.pays(layout, cluster.length, elementwise=False):
         return _block_norms(gradient, example, weights, block)
-    factors = _factors(cluster, example)
-    if not _products.pays(factors, elementwise=False):
-        return _block_norms(gradient, example, weights, block)
-    layout, shape = _rules.dot_layout(cluster.sites[0]), plan.program.avals[cluster.roots[0]].shape
+    factors, shape = _factors(cluster, example), plan.program.avals[cluster.roots[0]].shape
     return [
         _products.norms(
             factors,
@@ -269,9 +255,7 @@ def cluster_norms(
     ]
 
 
-def _block_norms(
-    gradient: Gradient, example: Example, weights: Array | None, block: int
-) -> list[tuple[Array, Array]]:
+def _block_norms(gradient: Gradient, example: Example, weights: Array | None, block: int) -> list[tuple[Array, Array]]:
     n = len(jax.tree.leaves(example)[0])
     weights = jnp.ones(n) if weights is None else weights
 
@@ -280,7 +264,7 @@ def _block_norms(
         sums = [_moments.weighted_sum(w, _moments.counted(w, v)) for v in values]
         return sums, [jnp.sum(v * v, tuple(range(1, v.ndim))) for v in values]
 
-    def body(total: list[Array], piece: tuple[Example, Array, None]) -> tuple[list[Array], list[Array]]:
+    def body(total: list[Array], piece: tuple[Example, Array, Any]) -> tuple[list[Array], list[Array]]:
         sums, squares = reduced(piece[0], piece[1])
         return [t + s for t, s in zip(total, sums, strict=True)], squares
 

@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from fvjax.sites import _rules
 from fvjax.sites._program import Kind, Program, Step
-from fvjax.sites._rules import Site
+from fvjax.sites._rules import Layout, Site
 from fvjax.types import Array
 
 LARGE_RATIO = 16
-"""Gradients that are formed example by example are slow if they are this many times larger than what they are made of."""
+"""Gradients formed example by example are slow if they are this many times larger than what they are made of."""
 
 # Steps that lay a value out anew, without repeating an element: their pullbacks keep every coordinate as it is.
 _LAYOUTS = {"reshape", "transpose", "squeeze", "expand_dims", "broadcast_in_dim", "rev", "slice", "split"}
@@ -34,11 +34,17 @@ class Cluster(NamedTuple):
     joint: bool
 
     @property
-    def is_product(self) -> bool:
-        """Whether all sites are dot products that lie alike in one root: their norms need no per-example gradient."""
-        if self.joint or len(self.roots) > 1 or not all(map(_rules.is_dot, self.sites)):
-            return False
-        return len({_rules.dot_layout(site) for site in self.sites}) == 1
+    def layout(self) -> Layout | None:
+        """Of the products that make up the gradient, if all sites have the same, in one root: else None."""
+        if self.joint or len(self.roots) > 1 or not all(map(_rules.is_product, self.sites)):
+            return None
+        layouts = {_rules.layout(site) for site in self.sites}
+        return layouts.pop() if len(layouts) == 1 else None
+
+    @property
+    def length(self) -> int:
+        """The number of outer products in one example, if there is a layout."""
+        return sum(map(_rules.length, self.sites))
 
     @property
     def path(self) -> str:
@@ -79,8 +85,10 @@ class Plan(NamedTuple):
         known = {leaf: value}
         for step in self.chain:
             source = next((i for i in step.inputs if i in known), None)
-            if source is not None:
-                known |= {step.outputs[0]: known[source]} if step.name in _IDENTITIES else step.run(known)
+            if source is not None and step.name in _IDENTITIES:
+                known |= dict.fromkeys(step.results, known[source])
+            elif source is not None:
+                known |= step.run(known)
         return [known[root] for root in self.roots_of[leaf]]
 
     def pullback(self, cluster: Cluster, fixed: dict[int, Any]) -> Callable[[list[Array]], list[Array]]:
@@ -124,7 +132,7 @@ def make_plan(program: Program) -> Plan:
 
 def _sites(program: Program) -> list[Site]:
     varying, reaching = _varying(program), _reaching(program)
-    producers = {o: step for step in program.steps for o in step.outputs if o is not None}
+    producers = {o: step for step in program.steps for o in step.results}
     sites = []
     for step in program.steps:
         outputs = tuple(o for o in step.outputs if o in reaching and program.kinds[o] == Kind.DATA)
@@ -140,7 +148,7 @@ def _varying(program: Program) -> set[int]:
     varying = {leaf for leaf in program.leaves if program.differentiable(leaf)}
     for step in program.steps:
         if step.name != "stop_gradient" and varying.intersection(step.inputs):
-            varying.update(o for o in step.outputs if program.differentiable(o) and program.kinds[o] == Kind.PARAMS)
+            varying.update(o for o in step.results if program.differentiable(o) and program.kinds[o] == Kind.PARAMS)
     return varying
 
 
@@ -148,7 +156,7 @@ def _reaching(program: Program) -> set[int]:
     """The values through which the loss can be differentiated: what lies behind a stop_gradient is left out."""
     reaching = {program.loss}
     for step in reversed(program.steps):
-        if step.name != "stop_gradient" and reaching.intersection(o for o in step.outputs if o is not None):
+        if step.name != "stop_gradient" and reaching.intersection(step.results):
             reaching.update(i for i in step.inputs if program.differentiable(i))
     return reaching
 
@@ -157,7 +165,7 @@ def _chain(program: Program, roots: set[int]) -> list[Step]:
     """The steps that make the roots from the leaves; what they take from constants alone is not among them."""
     wanted, chain = set(roots), []
     for step in reversed(program.steps):
-        if wanted.intersection(o for o in step.outputs if o is not None):
+        if wanted.intersection(step.results):
             wanted.update(step.inputs)
             if any(program.kinds[i] == Kind.PARAMS for i in step.inputs):
                 chain.append(step)
@@ -169,7 +177,7 @@ def _dependence(program: Program, chain: list[Step]) -> dict[int, set[int]]:
     depends = {leaf: {leaf} for leaf in program.leaves}
     for step in chain:
         own = set().union(*(depends.get(i, set()) for i in step.inputs))
-        depends |= {o: own for o in step.outputs if o is not None}
+        depends |= dict.fromkeys(step.results, own)
     return depends
 
 
@@ -188,13 +196,12 @@ class _Parts:
         if len(uses) + (value in self.roots) > 1 and (value in self.roots or not _disjoint_slices(uses)):
             return False
         return all(
-            self._keeps_coordinates(step, value) and all(self.are_disjoint(o) for o in step.outputs if o is not None)
-            for step in uses
+            self._keeps_coordinates(step, value) and all(self.are_disjoint(o) for o in step.results) for step in uses
         )
 
     def _keeps_coordinates(self, step: Step, value: int) -> bool:
         avals = self.program.avals
-        output = avals[next(o for o in step.outputs if o is not None)]
+        output = avals[step.results[0]]
         others = [i for i in step.inputs if i != value]
         if not (_real(avals[value]) and _real(output)) or any(self.program.kinds[i] != Kind.CONSTANT for i in others):
             return False

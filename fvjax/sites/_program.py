@@ -38,6 +38,11 @@ class Step(NamedTuple):
         return self.equation.primitive.name
 
     @property
+    def results(self) -> tuple[int, ...]:
+        """The outputs that are read."""
+        return tuple(o for o in self.outputs if o is not None)
+
+    @property
     def options(self) -> dict[str, Any]:
         """The parameters of the primitive."""
         return self.equation.params
@@ -88,9 +93,7 @@ def trace(loss: Callable[[Params, Any], Array], params: Params, example: Any) ->
     closed = jax.make_jaxpr(scaled)(params, example, jax.ShapeDtypeStruct((), jnp.float32))
     flat = _Flattener()
     count = len(jax.tree.leaves(params))
-    inputs = [
-        flat.new(v.aval, Kind.PARAMS if i < count else Kind.DATA) for i, v in enumerate(closed.jaxpr.invars)
-    ]
+    inputs = [flat.new(v.aval, Kind.PARAMS if i < count else Kind.DATA) for i, v in enumerate(closed.jaxpr.invars)]
     (value,) = flat.inline(closed, inputs)
     steps = _live(flat.steps, {value})
     return Program(steps, flat.avals, flat.kinds, flat.constants, inputs[:count], inputs[count:], value)
@@ -150,8 +153,9 @@ class _Flattener:
 
 def _identity(equation: Any, inputs: list[int]) -> Any:
     """What makes two equations the same, or None where the options cannot be compared."""
-    literals = tuple(repr(v.val) if isinstance(v, jex.Literal) else i for v, i in zip(equation.invars, inputs, strict=True))
-    key = (equation.primitive, literals, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
+    sources = zip(equation.invars, inputs, strict=True)
+    read = tuple(repr(v.val) if isinstance(v, jex.Literal) else i for v, i in sources)
+    key = (equation.primitive, read, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
     try:
         hash(key)
     except TypeError:
@@ -185,7 +189,7 @@ def _live(steps: list[Step], wanted: set[int]) -> list[Step]:
     """The steps on which the wanted values depend, and those with side effects."""
     wanted, kept = set(wanted), []
     for step in reversed(steps):
-        if step.equation.effects or wanted.intersection(o for o in step.outputs if o is not None):
+        if step.equation.effects or wanted.intersection(step.results):
             wanted.update(step.inputs)
             kept.append(step)
     return kept[::-1]

@@ -38,18 +38,30 @@ class Site(NamedTuple):
 
 
 class Layout(NamedTuple):
-    """How the batched matrix product [groups, rows, columns] lies in the axes of the root."""
+    """How the matrix products [groups, rows, columns] of a site lie in its root.
 
+    `sizes` are those of the root's axes, with the output features of a grouped convolution split into (groups,
+    features); `axes` is their order in the product, of which the first `groups` and the next `rows` are its leading
+    dimensions.
+    """
+
+    sizes: tuple[int, ...]
     axes: tuple[int, ...]
     groups: int
     rows: int
 
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """[groups, rows, columns]."""
+        sizes = [self.sizes[a] for a in self.axes]
+        cuts = (slice(self.groups), slice(self.groups, self.groups + self.rows), slice(self.groups + self.rows, None))
+        groups, rows, columns = (int(np.prod(sizes[cut], dtype=int)) for cut in cuts)
+        return groups, rows, columns
+
     def into_root(self, product: Array, shape: tuple[int, ...]) -> Array:
-        """[..., groups, rows, columns] -> [..., *shape]."""
-        lead = product.shape[:-3]
-        spread = product.reshape(*lead, *(shape[a] for a in self.axes))
-        inverse = np.argsort(self.axes)
-        return spread.transpose(*range(len(lead)), *(len(lead) + inverse))
+        """[groups, rows, columns] -> the root's shape."""
+        spread = product.reshape([self.sizes[a] for a in self.axes])
+        return spread.transpose(*np.argsort(self.axes)).reshape(shape)
 
 
 class Factors(NamedTuple):
@@ -59,8 +71,12 @@ class Factors(NamedTuple):
     columns: Array
 
 
-def is_dot(site: Site) -> bool:
-    """Whether the gradient is a sum of outer products of parts of data and cotangent."""
+def is_product(site: Site) -> bool:
+    """Whether the gradient is a sum of outer products of parts of the data and parts of the cotangent."""
+    return _is_dot(site) or is_convolution(site)
+
+
+def _is_dot(site: Site) -> bool:
     return site.step.name == "dot_general" and len(site.operands) == 1 and len(site.data) == 1
 
 
@@ -76,54 +92,106 @@ def is_convolution(site: Site) -> bool:
     )
 
 
-def dot_layout(site: Site) -> Layout:
-    """Where the gradient of a dot product lies in its root."""
-    rows, columns, groups, _ = _dot_axes(site)
-    return Layout((*groups, *rows, *columns), len(groups), len(rows))
+def layout(site: Site) -> Layout:
+    """Where the products of a dot product or convolution lie in its root."""
+    return _dot_layout(site)[0] if _is_dot(site) else _convolution_layout(site)
 
 
-def _dot_axes(site: Site) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...], bool]:
-    """Axes of the root for the rows, columns and groups of the gradient, and whether the rows are the contracted ones.
-
-    The axis that comes first in the root is put into the rows, which leaves most gradients where they are.
-    """
-    (operand,) = site.operands
-    side = site.step.inputs.index(operand.value)
+def length(site: Site) -> int:
+    """The number of outer products in one example: rows of a dot product, pixels of a convolution's output."""
+    groups, _, columns = layout(site).shape
+    output = site.step.equation.outvars[0].aval
+    if is_convolution(site):
+        return int(output.size) // (groups * columns)
+    (side,) = (k for k, value in enumerate(site.step.inputs) if value == site.data[0])
     contracted, batch = (dimensions[side] for dimensions in site.step.options["dimension_numbers"])
-    axes = np.arange(len(_shape_of(site, side)))
-    for step in reversed(operand.stem):
-        if step.name == "transpose":
-            axes = np.asarray(step.options["permutation"])[axes]
-    free = [a for a in range(len(axes)) if a not in (*contracted, *batch)]
-    inner, outer = (tuple(int(axes[a]) for a in part) for part in (contracted, free))
-    groups = tuple(int(axes[a]) for a in batch)
-    contracted_first = not outer or (bool(inner) and inner[0] < outer[0])
-    return (inner, outer, groups, True) if contracted_first else (outer, inner, groups, False)
+    return int(np.prod([n for a, n in enumerate(_shape_of(site, side)) if a not in (*contracted, *batch)], dtype=int))
+
+
+def factors(site: Site, data: Array, cotangent: Array) -> Factors:
+    """Rows [groups, L, rows] and columns [groups, L, columns] of ONE example, in at least float32."""
+    make = _dot_factors if _is_dot(site) else _convolution_factors
+    return make(site, widened(data), widened(cotangent))
 
 
 def _shape_of(site: Site, side: int) -> tuple[int, ...]:
     return tuple(site.step.equation.invars[side].aval.shape)
 
 
-def dot_factors(site: Site, data: Array, cotangent: Array) -> Factors:
-    """[groups, L, rows] and [groups, L, columns] from the data operand and the cotangent of ONE example."""
+def _dot_layout(site: Site) -> tuple[Layout, bool]:
+    """The layout, and whether its rows are the contracted axes.
+
+    The axis that comes first in the root is put into the rows, which leaves most gradients where they are.
+    """
+    (operand,) = site.operands
+    side = site.step.inputs.index(operand.value)
+    contracted, batch = (dimensions[side] for dimensions in site.step.options["dimension_numbers"])
+    shape = _shape_of(site, side)
+    axes = np.arange(len(shape))
+    for step in reversed(operand.stem):
+        if step.name == "transpose":
+            axes = np.asarray(step.options["permutation"])[axes]
+    sizes = tuple(shape[a] for a in np.argsort(axes))
+    free = [a for a in range(len(axes)) if a not in (*contracted, *batch)]
+    groups, inner, outer = (tuple(int(axes[a]) for a in part) for part in (batch, contracted, free))
+    contracted_first = not outer or (bool(inner) and inner[0] < outer[0])
+    rows, columns = (inner, outer) if contracted_first else (outer, inner)
+    return Layout(sizes, (*groups, *rows, *columns), len(groups), len(rows)), contracted_first
+
+
+def _dot_factors(site: Site, data: Array, cotangent: Array) -> Factors:
     (operand,) = site.operands
     side = site.step.inputs.index(operand.value)
     dimensions = site.step.options["dimension_numbers"]
     contracted, batch = dimensions[0][1 - side], dimensions[1][1 - side]
     free = [a for a in range(data.ndim) if a not in (*contracted, *batch)]
-    sizes = [int(np.prod([data.shape[a] for a in axes])) for axes in (batch, free, contracted)]
+    sizes = [int(np.prod([data.shape[a] for a in axes], dtype=int)) for axes in (batch, free, contracted)]
     inner = data.transpose(*batch, *free, *contracted).reshape(sizes)
-    # The output's axes: batch, free of the left, free of the right.
-    batches = range(len(batch))
-    free_out = cotangent.ndim - len(batch) - len(free)
-    if side == 1:
-        outer = cotangent
-    else:
-        lhs = range(len(batch), len(batch) + free_out)
-        outer = cotangent.transpose(*batches, *range(len(batch) + free_out, cotangent.ndim), *lhs)
-    outer = outer.reshape(sizes[0], sizes[1], -1)
-    return Factors(inner, outer) if _dot_axes(site)[3] else Factors(outer, inner)
+    # The axes of the output are: batch, free ones of the left operand, free ones of the right.
+    if side == 0:
+        middle = cotangent.ndim - len(free)
+        order = (*range(len(batch)), *range(middle, cotangent.ndim), *range(len(batch), middle))
+        cotangent = cotangent.transpose(order)
+    outer = cotangent.reshape(sizes[0], sizes[1], -1)
+    return Factors(inner, outer) if _dot_layout(site)[1] else Factors(outer, inner)
+
+
+def _convolution_layout(site: Site) -> Layout:
+    spec, groups = site.step.options["dimension_numbers"].rhs_spec, site.step.options["feature_group_count"]
+    shape = list(_shape_of(site, 1))
+    out, *others = spec
+    if groups == 1:
+        return Layout(tuple(shape), (*others[1:], others[0], out), 0, len(others))
+    shape[out : out + 1] = [groups, shape[out] // groups]
+    others = [a + (a > out) for a in others]
+    return Layout(tuple(shape), (out, *others[1:], others[0], out + 1), 1, len(others))
+
+
+def _convolution_factors(site: Site, data: Array, cotangent: Array) -> Factors:
+    spec, groups = site.step.options["dimension_numbers"], site.step.options["feature_group_count"]
+    image = data.transpose(spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
+    outer = cotangent.transpose(spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
+    positions = int(np.prod(outer.shape[:-1], dtype=int))
+    patches = _patches(image, site, outer.shape[1:-1])
+    rows = patches.reshape(positions, -1, groups, image.shape[-1] // groups)
+    rows = jnp.moveaxis(rows, 2, 0).reshape(groups, positions, -1)
+    return Factors(rows, jnp.moveaxis(outer.reshape(positions, groups, -1), 1, 0))
+
+
+def _patches(image: Array, site: Site, extents: Sequence[int]) -> Array:
+    """[N, *spatial, C] -> [N, *extents, *kernel, C]: the pixels under the kernel, for every pixel of the output."""
+    options = site.step.options
+    kernel = [_shape_of(site, 1)[a] for a in options["dimension_numbers"].rhs_spec[2:]]
+    dilations = zip(options["padding"], options["lhs_dilation"], strict=True)
+    padding = [(low, high, dilation - 1) for (low, high), dilation in dilations]
+    image = jax.lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
+    for axis, (size, extent) in enumerate(zip(kernel, extents, strict=True)):
+        stride, dilation = options["window_strides"][axis], options["rhs_dilation"][axis]
+        starts = [offset * dilation for offset in range(size)]
+        ends = [start + (extent - 1) * stride + 1 for start in starts]
+        shifted = [jax.lax.slice_in_dim(image, s, e, stride, 1 + axis) for s, e in zip(starts, ends, strict=True)]
+        image = jnp.stack(shifted, 1 + len(kernel) + axis)
+    return image
 
 
 def contract(factors: Factors) -> Array:
@@ -142,54 +210,10 @@ def widened(x: Array) -> Array:
     return x.astype(accumulation_dtype(x)) if jnp.issubdtype(x.dtype, jnp.floating) else x
 
 
-def _patches(image: Array, site: Site, extents: Sequence[int]) -> Array:
-    """[N, *spatial, C] -> [N, *extents, *kernel, C]: the pixels under the kernel, for every pixel of the output."""
-    options = site.step.options
-    kernel_spec = options["dimension_numbers"].rhs_spec
-    kernel = [_shape_of(site, 1)[a] for a in kernel_spec[2:]]
-    padding = [(low, high, dilation - 1) for (low, high), dilation in zip(options["padding"], options["lhs_dilation"], strict=True)]
-    image = jax.lax.pad(image, jnp.zeros((), image.dtype), [(0, 0, 0), *padding, (0, 0, 0)])
-    spatial = len(kernel)
-    for axis, (size, extent) in enumerate(zip(kernel, extents, strict=True)):
-        stride, dilation = options["window_strides"][axis], options["rhs_dilation"][axis]
-        starts = [offset * dilation for offset in range(size)]
-        ends = [start + (extent - 1) * stride + 1 for start in starts]
-        shifted = [jax.lax.slice_in_dim(image, s, e, stride, 1 + axis) for s, e in zip(starts, ends, strict=True)]
-        image = jnp.stack(shifted, 1 + spatial + axis)
-    return image
-
-
-def convolution_gradient(site: Site, data: Array, cotangent: Array) -> Array:
-    """The gradient of ONE example with respect to the kernel: its patches times its cotangent."""
-    options = site.step.options
-    spec, shape = options["dimension_numbers"], _shape_of(site, 1)
-    spatial = len(shape) - 2
-    image = data.transpose(spec.lhs_spec[0], *spec.lhs_spec[2:], spec.lhs_spec[1])
-    outer = cotangent.transpose(spec.out_spec[0], *spec.out_spec[2:], spec.out_spec[1])
-    patches = _patches(image, site, outer.shape[1:-1])
-    groups, channels, features = options["feature_group_count"], image.shape[-1], outer.shape[-1]
-    taps = patches.shape[1 + spatial : -1]
-    positions = int(np.prod(outer.shape[:-1]))
-    if groups == 1:
-        product = contract(Factors(patches.reshape(1, positions, -1), outer.reshape(1, positions, -1)))
-    else:
-        rows = jnp.moveaxis(patches.reshape(positions, -1, groups, channels // groups), 2, 0)
-        columns = jnp.moveaxis(outer.reshape(positions, groups, features // groups), 1, 0)
-        grouped = contract(Factors(rows.reshape(groups, positions, -1), columns))
-        product = jnp.moveaxis(grouped, 0, 1)
-    spread = product.reshape(*taps, channels // groups, features)
-    order = (*spec.rhs_spec[2:], spec.rhs_spec[1], spec.rhs_spec[0])
-    return spread.transpose(*np.argsort(order))
-
-
 def patch_size(site: Site) -> int:
     """The number of elements of the patches of one example; 0 for other sites."""
-    if not is_convolution(site):
-        return 0
-    kernel, spec = _shape_of(site, 1), site.step.options["dimension_numbers"]
-    image, output = _shape_of(site, 0), site.step.equation.outvars[0].aval.shape
-    taps = int(np.prod([kernel[a] for a in spec.rhs_spec[2:]]))
-    return taps * image[spec.lhs_spec[1]] * int(np.prod([output[a] for a in (spec.out_spec[0], *spec.out_spec[2:])]))
+    groups, rows, _ = layout(site).shape if is_convolution(site) else (0, 0, 0)
+    return groups * rows * length(site) if groups else 0
 
 
 def derivative(site: Site, known: dict[int, Any], cotangents: Sequence[Array]) -> dict[int, Array]:
@@ -221,9 +245,7 @@ def derivative(site: Site, known: dict[int, Any], cotangents: Sequence[Array]) -
 _LAYOUTS = {"transpose", "convert_element_type", "copy", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
 
 
-def find_operands(
-    program: Program, step: Step, producers: dict[int, Step], varying: set[int]
-) -> tuple[Operand, ...]:
+def find_operands(program: Program, step: Step, producers: dict[int, Step], varying: set[int]) -> tuple[Operand, ...]:
     """The inputs of a site that are in `varying`, i.e. have a derivative with respect to params, with their roots.
 
     A dot product looks through transposes and casts, so that a matrix and its transpose are one root. Any other site
@@ -236,7 +258,7 @@ def find_operands(
     for value in dict.fromkeys(i for i in step.inputs if i in varying):
         stem = _stem(program, value, producers, names)
         if not dot:
-            while stem and program.size(stem[0].inputs[0]) >= program.size(stem[0].outputs[0]):
+            while stem and program.size(stem[0].inputs[0]) >= program.size(stem[0].results[0]):
                 stem = stem[1:]
         operands.append(Operand(value, stem[0].inputs[0] if stem else value, tuple(stem)))
     return tuple(operands)
@@ -255,7 +277,7 @@ def _stem(program: Program, value: int, producers: dict[int, Step], names: set[s
 
 def describe(site: Site) -> str:
     """The rule of the site in words."""
-    if is_dot(site):
+    if _is_dot(site):
         return "outer products"
     return "image patches" if is_convolution(site) else f"vjp of {site.step.name}"
 
