@@ -158,7 +158,7 @@ def _trainer(dim: int, width: int, steps: int) -> tuple[Model, Any, training.Tra
 
 @functools.partial(jax.jit, static_argnames="model")
 def _network_moments(model: Model, params: Params, probe: Any) -> gradients.GradientMoments:
-    return gradients.gradient_moments(losses.squared_error(model.apply), params, probe, chunk=64)
+    return gradients.gradient_moments(losses.squared_error(model.apply), params, probe)
 
 
 def rotation_rows(run: Trained, solvers: Sequence[tuple[str, int | None]] = SOLVERS) -> list[Row]:

@@ -131,7 +131,7 @@ def monte_carlo(
     def estimate(repeat_key: Key) -> Array:
         pair_key, path_key = jax.random.split(repeat_key)
         paths = draw_paths(path_key, gaussian.draw_pairs(pair_key, coupling, draws), interpolant)
-        return gradients.total_variance(gradients.gradient_moments(loss, params, paths, chunk=500), ddof=1)
+        return gradients.total_variance(gradients.gradient_moments(loss, params, paths), ddof=1)
 
     return jax.lax.map(estimate, jax.random.split(key, repeats))
 

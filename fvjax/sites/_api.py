@@ -73,7 +73,7 @@ def square_norms(
 
     Source: docs/theory.md, section 7.
     """
-    n, plan, paths = _prepared(loss, params, batch)
+    n, plan, paths = _prepared(loss, params, batch, separate=False)
     weights, _ = _checked_options(n, weights, chunk=chunk)
     leaves, structure = _flat(params)
 
@@ -125,7 +125,7 @@ def moments(
 
     Returns:
         GradientMoments, with a leading axis `groups` if `by` is given. In float32 the variance is right to about 1e-5
-        of itself, plus the rounding of the gradients, some 1e-13 of the squared mean gradient.
+        of itself, plus the rounding of gradients, some 1e-13 of the squared mean.
 
     Raises:
         ValueError: if shapes disagree, the params are not floating point, the loss is not a real scalar, `by` is not
@@ -134,7 +134,7 @@ def moments(
 
     Source: docs/theory.md, section 7.
     """
-    n, plan, _ = _prepared(loss, params, batch)
+    n, plan, _ = _prepared(loss, params, batch, separate=True)
     weights, by = _checked_options(n, weights, by, groups, chunk=chunk)
     leaves, structure = _flat(params)
     lead = () if groups is None else (groups,)
@@ -149,6 +149,7 @@ def moments(
             found |= zip(cluster.targets, parts, strict=True)
         no_trace = None if elementwise else lambda dtype: jnp.zeros(lead, dtype)
         means, m2 = _by_leaf(plan, leaves, found, lead=lead, nothing=no_trace)
+        means = _engine.with_common_part(plan, passed, weighting, means)
         trees = (jax.tree.unflatten(structure, x) for x in (means, m2))
         return GradientMoments(weighting.totals(len(passed.losses)), *trees)
 
@@ -173,17 +174,17 @@ def paths(loss: ExampleLoss, params: Params, batch: Any) -> Paths:
     Raises:
         ValueError: as `moments` does of these arguments.
     """
-    return _prepared(loss, params, batch)[2]
+    return _prepared(loss, params, batch, separate=True)[2]
 
 
-def _prepared(loss: ExampleLoss, params: Params, batch: Any) -> tuple[int, Plan, Paths]:
+def _prepared(loss: ExampleLoss, params: Params, batch: Any, *, separate: bool) -> tuple[int, Plan, Paths]:
     for leaf in jax.tree.leaves(params):
         _validate.floating("params", leaf)
     _validate.on_one_device("batch", batch)
     n = _validate.batch("batch", batch)
     avals = jax.eval_shape(lambda batch: batch, batch)
     example = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape[1:], x.dtype), avals)
-    plan = make_plan(trace(loss, params, example))
+    plan = make_plan(trace(loss, params, example), separate=separate)
     names = [jax.tree_util.keystr(path) for path, _ in jax.tree_util.tree_leaves_with_path(params)]
     _warn_of_slow_paths(plan, names)
     return n, plan, Paths(zip(names, (_path(plan, leaf) for leaf in plan.program.leaves), strict=True))
@@ -191,6 +192,8 @@ def _prepared(loss: ExampleLoss, params: Params, batch: Any) -> tuple[int, Plan,
 
 def _path(plan: Plan, leaf: int) -> str:
     found = [c.path for c in plan.clusters if leaf in c.targets or set(plan.roots_of.get(leaf, ())) & set(c.roots)]
+    if plan.common is not None and leaf in plan.common.targets:
+        found.append("a part that all examples share")
     return " + ".join(dict.fromkeys(found)) or "unused"
 
 

@@ -83,7 +83,8 @@ def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> 
             data_steps.append(step)
         else:
             fixed |= step.run(fixed)
-    sites = [site for cluster in plan.clusters for site in cluster.sites]
+    clusters = plan.clusters if plan.common is None else (*plan.clusters, plan.common)
+    sites = [site for cluster in clusters for site in cluster.sites]
     wanted = tuple(dict.fromkeys(i for site in sites for i in site.data))
 
     def forward(example: Sequence[Array], deltas: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
@@ -234,6 +235,21 @@ def _block_moments(
     total, _ = jax.lax.scan(body, empty, _moments.in_chunks(example, weights, by, block))
     mean = [_moments.counted(total.weight, m + o) for m, o in zip(total.mean, origin, strict=True)]
     return total._replace(mean=mean)
+
+
+def with_common_part(plan: Plan, passed: Backward, weighting: Weighting, means: Sequence[Array]) -> list[Array]:
+    """Adds the gradient that all examples share to the means of the leaves, in groups that are not empty."""
+    if plan.common is None:
+        return list(means)
+    n = len(passed.losses)
+    weight = weighting.totals(n)
+    first = jnp.argmax(weighting.of(n) > 0)
+    one = gradient_of_one(plan, plan.common, passed.fixed)(jax.tree.map(lambda x: x[first], passed.of(plan.common)))
+    shared = dict(zip(plan.common.targets, one, strict=True))
+    return [
+        mean + _moments.counted(weight, jnp.broadcast_to(shared[leaf], mean.shape)) if leaf in shared else mean
+        for leaf, mean in zip(plan.program.leaves, means, strict=True)
+    ]
 
 
 def cluster_norms(plan: Plan, cluster: Cluster, passed: Backward, weights: Array | None) -> list[tuple[Array, Array]]:

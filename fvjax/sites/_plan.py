@@ -1,6 +1,6 @@
 """Which sites a loss has, which params meet data there, and how the gradient of every leaf is put together."""
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
@@ -56,12 +56,14 @@ class Cluster(NamedTuple):
 class Plan(NamedTuple):
     """The program, the clusters that together hold the gradient of every leaf, and the way from leaves to roots.
 
-    `chain` are the steps from leaves to roots; `roots_of` names, for the leaves that are not in a joint cluster, the
-    roots that are their disjoint parts.
+    `common` is a joint cluster of the sites whose gradient is the same for every example (weight decay), if these are
+    kept apart: it moves the mean, and no variance. `chain` are the steps from leaves to roots; `roots_of` names, for
+    the leaves that are not in a joint cluster, the roots that are their disjoint parts.
     """
 
     program: Program
     clusters: tuple[Cluster, ...]
+    common: Cluster | None
     chain: tuple[Step, ...]
     roots_of: dict[int, tuple[int, ...]]
 
@@ -105,11 +107,13 @@ class Plan(NamedTuple):
         return lambda gradients: pull([g.astype(v.dtype) for g, v in zip(gradients, values, strict=True)])[0]
 
 
-def make_plan(program: Program) -> Plan:
-    """Finds the sites of a program and the clusters of its leaves."""
-    sites = _sites(program)
-    touched = [tuple(dict.fromkeys(operand.root for operand in site.operands)) for site in sites]
-    roots = tuple(dict.fromkeys(root for group in touched for root in group))
+def make_plan(program: Program, *, separate: bool) -> Plan:
+    """Finds the sites of a program and the clusters of its leaves; `separate` keeps apart what all examples share."""
+    found = _sites(program)
+    shared = _shared(program, found) if separate else ()
+    common = _joint(program, shared) if shared else None
+    sites = tuple(site for site in found if site not in shared)
+    roots = _roots(sites)
     chain = _chain(program, set(roots))
     leaves_of = _dependence(program, chain)
     used = set().union(*(leaves_of[root] for root in roots))
@@ -117,17 +121,53 @@ def make_plan(program: Program) -> Plan:
     direct = {leaf for leaf in used if parts.are_disjoint(leaf)}
 
     clusters = []
-    for group in _connected([*used, *roots], [*touched, *((root, *leaves_of[root]) for root in roots)]):
-        leaves, own = group & used, tuple(root for root in roots if root in group)
-        joint = not leaves <= direct
-        for together in [set(own)] if joint else _connected(own, (t for t in touched if t[0] in group)):
-            members = tuple(root for root in roots if root in together)
-            targets = tuple(leaf for leaf in program.leaves if leaf in leaves) if joint else members
-            inside = tuple(site for site, t in zip(sites, touched, strict=True) if t[0] in together)
-            clusters.append(Cluster(members, inside, targets, joint))
+    together = [_roots((site,)) for site in sites]
+    for group in _connected([*used, *roots], [*together, *((root, *leaves_of[root]) for root in roots)]):
+        inside = tuple(site for site in sites if site.operands[0].root in group)
+        if not group & used <= direct:
+            clusters.append(_joint(program, inside))
+            continue
+        for members in _connected(_roots(inside), map(_roots, ((site,) for site in inside))):
+            own = tuple(site for site in inside if site.operands[0].root in members)
+            clusters.append(Cluster(_roots(own), own, _roots(own), joint=False))
     joined = {leaf for cluster in clusters if cluster.joint for leaf in cluster.targets}
     roots_of = {leaf: tuple(r for r in roots if leaf in leaves_of[r]) for leaf in used - joined}
-    return Plan(program, tuple(clusters), tuple(chain), roots_of)
+    return Plan(program, tuple(clusters), common, tuple(chain), roots_of)
+
+
+def _roots(sites: Iterable[Site]) -> tuple[int, ...]:
+    return tuple(dict.fromkeys(operand.root for site in sites for operand in site.operands))
+
+
+def _joint(program: Program, sites: tuple[Site, ...]) -> Cluster:
+    roots = _roots(sites)
+    leaves_of = _dependence(program, _chain(program, set(roots)))
+    leaves = set().union(*(leaves_of[root] for root in roots))
+    return Cluster(roots, sites, tuple(leaf for leaf in program.leaves if leaf in leaves), joint=True)
+
+
+def _shared(program: Program, sites: Sequence[Site]) -> tuple[Site, ...]:
+    """The sites that add something made of params to a part of the loss with a constant slope, such as weight decay.
+
+    Their gradient is the same for every example. Followed from the loss backwards through sums, layouts and constant
+    factors, and through values that are used only once.
+    """
+    uses = Counter(i for step in program.steps for i in set(step.inputs))
+    ones = {program.example[-1]}
+    for step in program.steps:
+        if step.name == "convert_element_type" and ones.issuperset(step.inputs):
+            ones.update(step.results)
+    constant_slope, shared = {program.loss}, []
+    site_of = {site.step.results: site for site in sites}
+    for step in reversed(program.steps):
+        others = [i for i in step.inputs if i not in ones and program.kinds[i] != Kind.CONSTANT]
+        scaled = len(others) == 1 and (step.name == "mul" or (step.name == "div" and step.inputs[0] in others))
+        if constant_slope.isdisjoint(step.results) or not (scaled or step.name in _LAYOUTS | _IDENTITIES):
+            continue
+        constant_slope.update(i for i in others if uses[i] == 1 and program.kinds[i] == Kind.DATA)
+        if step.results in site_of and (scaled or step.name in {"add", "sub"}):
+            shared.append(site_of[step.results])
+    return tuple(shared)
 
 
 def _sites(program: Program) -> list[Site]:
