@@ -27,10 +27,14 @@ def counted(weights: Array, values: Array) -> Array:
     return jnp.where(trailing(weights, values) == 0, 0, values)
 
 
+def divisor(total: Array) -> Array:
+    """The total weight, and 1 where it is 0: the sum over an empty group is 0, and so becomes its mean."""
+    return jnp.where(total > 0, total, 1)
+
+
 def _ratio(x: Array, total: Array) -> Array:
     """x / total, and 0 where total = 0: an empty group has mean 0, which merges as nothing."""
-    total = trailing(total, x)
-    return jnp.where(total > 0, x / jnp.where(total > 0, total, 1), 0)
+    return x / divisor(trailing(total, x))
 
 
 def _fitted(x: Array, like: Array) -> Array:

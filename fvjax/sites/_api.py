@@ -255,7 +255,7 @@ def _norms_in_chunks(
     _, shapes, _ = jax.eval_shape(of_chunk, *jax.tree.map(lambda x: x[0], (pieces, piece_weights)))
     empty = [jnp.zeros(s.shape, s.dtype) for s in shapes]
     sums, (losses, norms) = jax.lax.scan(body, empty, (pieces, piece_weights))
-    total = jnp.sum(piece_weights)
+    total = _moments.divisor(jnp.sum(piece_weights))
     means = [s / total.astype(s.dtype) for s in sums]
     return losses.reshape(-1)[:n], means, [x.reshape(-1)[:n] for x in norms]
 

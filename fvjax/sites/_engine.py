@@ -291,5 +291,5 @@ def _block_norms(gradient: Gradient, example: Example, weights: Array | None, bl
         empty = [jnp.zeros(s.shape, s.dtype) for s in shapes]
         sums, squares = jax.lax.scan(body, empty, _moments.in_chunks(example, weights, None, block))
         squares = [s.reshape(-1)[:n] for s in squares]
-    total = jnp.sum(weights)
+    total = _moments.divisor(jnp.sum(weights))
     return [(s / total.astype(s.dtype), q) for s, q in zip(sums, squares, strict=True)]

@@ -85,7 +85,7 @@ def norms(
     """
     x, weighted, total = _weighted(_counted(factors, weights), weights)
     squares, bound = _squares(factors)
-    result = laid_out(_product(x, weighted)) / total, squares
+    result = laid_out(_product(x, weighted)) / _moments.divisor(total), squares
     if x.shape[-2] == 1:
         return result
     return jax.lax.cond(_sound(bound, squares), lambda: result, fallback)
@@ -98,7 +98,7 @@ def traces(values: list[Array], weights: Array) -> GradientMoments:
 
     def of_leaf(value: Array) -> Result:
         total = weight.astype(value.dtype)
-        mean = _moments.weighted_sum(weights, value) / _safe(total)
+        mean = _moments.weighted_sum(weights, value) / _moments.divisor(total)
         squares = _moments.weighted_sum(weights, jnp.sum(value * value, tuple(range(1, value.ndim))))
         m2 = squares - total * jnp.sum(mean**2)
         careful = partial(_moments.moments_of, value, weights, trace=True)
@@ -152,22 +152,18 @@ def moments(
     return laid_out(mean), jax.lax.cond(_sound(bound, m2), lambda: finished(m2), carefully)
 
 
-def _safe(total: Array) -> Array:
-    return jnp.where(total > 0, total, 1)
-
-
 def _plain_trace(factors: Factors, weights: Array | None) -> tuple[Array, Array, Array]:
     """Mean, m2 = sum w |g|^2 - |sum w g|^2 / W, and the bound of its terms."""
     x, weighted, total = _weighted(factors, weights)
     squares, bounds = _squares(factors)
-    mean = _product(x, weighted) / _safe(total)
+    mean = _product(x, weighted) / _moments.divisor(total)
     return mean, _sum(weights, squares) - total * jnp.sum(mean**2), _sum(weights, bounds)
 
 
 def _plain_squares(factors: Factors, weights: Array | None) -> tuple[Array, Array, Array]:
     x, weighted, total = _weighted(factors, weights)
 
-    mean = _product(x, weighted) / _safe(total)
+    mean = _product(x, weighted) / _moments.divisor(total)
     # Without the detour XLA squares the rows as soon as the forward pass has them, and keeps the squares of all layers
     # until the cotangents are there (8 of 35 MB in a network of 4 x 512). Its CPU compiler drops optimization barriers.
     one = jnp.where(weighted.ravel()[0] > jnp.inf, 0, 1).astype(x.dtype)
@@ -182,7 +178,7 @@ def _sum(weights: Array | None, values: Array) -> Array:
 
 def _shift(factors: Factors, weights: Array | None) -> tuple[Factors, Factors]:
     """The weighted means of X and Y, [groups, L, ...], and the deviations of all examples from them."""
-    total = _safe(_weighted(factors, weights)[2])
+    total = _moments.divisor(_weighted(factors, weights)[2])
     means = Factors(*(_sum(weights, f) / total for f in factors))
     return means, Factors(*(f - m for f, m in zip(factors, means, strict=True)))
 
@@ -196,7 +192,7 @@ def _mean_deviation(
     """
     dx, weighted, total = _weighted(Factors(deviations.rows, factors.columns), weights)
     rest = jnp.einsum("glr,glc->grc", means.rows, _sum(weights, deviations.columns), precision=HIGHEST)
-    return (_product(dx, weighted) + rest) / _safe(total), weighted, total
+    return (_product(dx, weighted) + rest) / _moments.divisor(total), weighted, total
 
 
 def _shifted_trace(factors: Factors, weights: Array | None) -> Result:

@@ -11,7 +11,8 @@ import pytest
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-from fvjax.gradients import GradientMoments, gradient_moments, per_example_gradients
+from fvjax import sites
+from fvjax.gradients import GradientMoments, gradient_moments, per_example_gradients, total_variance
 from fvjax.interpolants import brownian_bridge, draw_paths
 from fvjax.losses import squared_error
 from fvjax.types import Array, Pair, Params, PathSample
@@ -104,6 +105,23 @@ def test_moments_over_devices_are_those_of_one(size: int) -> None:
             np.testing.assert_allclose(m2[group], np.tensordot(w, (exact - average) ** 2, 1), rtol=1e-4, atol=1e-3)
 
 
+@pytest.mark.parametrize("size", SIZES)
+def test_norms_and_traces_over_devices_are_those_of_one(size: int) -> None:
+    """Catches square norms of other devices' examples, and a merge over devices that takes a trace for coordinates."""
+    params, batch, loop = problem()
+
+    def local(params: Params, examples: Any) -> tuple[sites.SquareNorms, GradientMoments]:
+        return sites.square_norms(LOSS, params, examples), gradient_moments(LOSS, params, examples, axis_name=AXIS)
+
+    out_axes = (sites.SquareNorms(0, 0, 0, None, None), None)
+    over_devices = jax.pmap(local, axis_name=AXIS, in_axes=(None, 0), out_axes=out_axes, devices=devices(size))
+    norms, moments = over_devices(params, split(batch, size))
+    flat = np.concatenate([np.asarray(g, float).reshape(N, -1) for g in jax.tree.leaves(loop)], 1)
+    np.testing.assert_allclose(norms.square_norms.ravel(), np.sum(flat**2, 1), rtol=1e-5)
+    np.testing.assert_allclose(total_variance(moments), np.sum(np.var(flat, axis=0)), rtol=1e-5)
+    chex.assert_trees_all_close(jax.tree.map(lambda m: jnp.mean(m, 0), norms.mean), moments.mean, rtol=1e-4, atol=1e-5)
+
+
 def test_draws_and_moments_do_not_depend_on_the_number_of_devices() -> None:
     """Catches keys that depend on the device: draws with the global index, then moments, on 1 and 4 devices."""
     params, batch, _ = problem()
@@ -130,7 +148,7 @@ def test_a_split_batch_is_refused_outside_pmap(size: int) -> None:
     found = per_example_gradients(LOSS, jax.device_put(params, NamedSharding(mesh(size), P())), whole)
     chex.assert_trees_all_close(found, loop, rtol=1e-4, atol=1e-5)
     parts = jax.device_put(batch, NamedSharding(mesh(size), P(AXIS)))
-    for function in (per_example_gradients, gradient_moments):
+    for function in (per_example_gradients, gradient_moments, sites.square_norms):
         with pytest.raises(ValueError, match=r"batch must lie on one device .*use jax.pmap.*, got NamedSharding"):
             function(LOSS, params, parts)
 
