@@ -11,6 +11,7 @@ from fvjax import gradients as gradients
 from fvjax import interpolants as interpolants
 from fvjax import losses as losses
 from fvjax import metrics as metrics
+from fvjax import sites as sites
 from fvjax.flows import straightness as straightness
 from fvjax.flows import trajectory as trajectory
 from fvjax.flows import transport as transport
@@ -33,6 +34,7 @@ from fvjax.interpolants import smooth_bridge as smooth_bridge
 from fvjax.interpolants import trigonometric as trigonometric
 from fvjax.losses import batch_loss as batch_loss
 from fvjax.losses import squared_error as squared_error
+from fvjax.sites import square_norms as square_norms
 from fvjax.types import AffineMap as AffineMap
 from fvjax.types import Coupling as Coupling
 from fvjax.types import Model as Model
@@ -69,7 +71,9 @@ __all__ = [
     "merge_moments",
     "metrics",
     "per_example_gradients",
+    "sites",
     "smooth_bridge",
+    "square_norms",
     "squared_error",
     "straightness",
     "time_bins",

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fvjax import _moments, _validate
 from fvjax.sites import _engine
@@ -83,13 +84,14 @@ def square_norms(
         for cluster in plan.clusters:
             found |= zip(cluster.targets, _engine.cluster_norms(plan, cluster, passed, weights), strict=True)
         means, norms = _by_leaf(plan, leaves, found, nothing=lambda dtype: jnp.zeros(len(passed.losses), dtype))
-        return passed.losses, means, norms
+        return passed.losses.astype(_moments.accumulation_dtype(passed.losses)), means, norms
 
     if chunk is None or chunk >= n:
         losses, means, norms = of_chunk(batch, weights)
     else:
         losses, means, norms = _norms_in_chunks(of_chunk, batch, weights, chunk=chunk)
-    total = sum(norms[1:], norms[0]) if norms else jnp.zeros(n)
+    widest = np.result_type(np.float32, *(x.dtype for x in norms))
+    total = sum((x.astype(widest) for x in norms), jnp.zeros(n, widest))
     tree = jax.tree.unflatten(structure, norms) if by_leaf else None
     return SquareNorms(losses, jax.tree.unflatten(structure, means), total, tree, paths)
 

@@ -138,7 +138,7 @@ def _block(plan: Plan, cluster: Cluster, n: int) -> int:
     avals = plan.program.avals
     factors = sum(avals[i].size for site in cluster.sites for i in (*site.data, *site.outputs))
     size = sum(avals[t].size for t in cluster.targets) + sum(_rules.patch_size(site) for site in cluster.sites)
-    slow = any(map(_rules.is_slow, cluster.sites))
+    slow = any(map(_rules.is_loop, cluster.sites))
     fitting = max(1, (SLOW_BLOCK if slow else BLOCK) // max(size, 1))
     if size <= factors and not slow:
         fitting = n
@@ -170,7 +170,7 @@ def cluster_moments(
         return one_by_one(weights)
     if not _products.pays(layout, cluster.length, elementwise=not trace):
         return one_by_one(weights)
-    factors, shape = _factors(cluster, example), plan.program.avals[cluster.roots[0]].shape
+    factors, shape = _factors(plan, cluster, example), plan.program.avals[cluster.roots[0]].shape
 
     def within(weights: Array | None) -> tuple[Array, Array]:
         def fallback() -> Array:
@@ -187,14 +187,15 @@ def cluster_moments(
     return [jax.lax.map(lambda group: within(jnp.where(by == group, weights, 0)), jnp.arange(groups, dtype=by.dtype))]
 
 
-def _factors(cluster: Cluster, example: Example) -> _rules.Factors:
+def _factors(plan: Plan, cluster: Cluster, example: Example) -> _rules.Factors:
     """The factors of all examples, [n, groups, L, ...]; several sites of one root are more rows of the same product."""
     data, cotangents = example
     parts = [
         jax.vmap(lambda d, c, s=site: _rules.factors(s, d, c))(data[site.data[0]], cotangents[site.outputs[0]])
         for site in cluster.sites
     ]
-    return parts[0] if len(parts) == 1 else _rules.Factors(*(jnp.concatenate(f, 2) for f in zip(*parts, strict=True)))
+    dtype = _moments.accumulation_dtype(plan.program.avals[cluster.roots[0]])
+    return _rules.Factors(*(jnp.concatenate([f.astype(dtype) for f in p], 2) for p in zip(*parts, strict=True)))
 
 
 def _block_moments(
@@ -260,7 +261,7 @@ def cluster_norms(plan: Plan, cluster: Cluster, passed: Backward, weights: Array
     layout = cluster.layout
     if layout is None or not _products.pays(layout, cluster.length, elementwise=False):
         return _block_norms(gradient, example, weights, block)
-    factors, shape = _factors(cluster, example), plan.program.avals[cluster.roots[0]].shape
+    factors, shape = _factors(plan, cluster, example), plan.program.avals[cluster.roots[0]].shape
     return [
         _products.norms(
             factors,

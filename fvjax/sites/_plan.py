@@ -76,11 +76,12 @@ class Plan(NamedTuple):
     def is_slow(self, cluster: Cluster) -> bool:
         """Whether it costs as much as `vmap(grad)`: whole programs, and gradients much larger than their factors."""
         avals = self.program.avals
-        if any(map(_rules.is_slow, cluster.sites)):
+        if any(map(_rules.is_loop, cluster.sites)):
             return True
         factors = sum(avals[i].size for site in cluster.sites for i in (*site.data, *site.outputs))
         formed = sum(avals[target].size for target in cluster.targets)
-        return cluster.joint and formed > LARGE_RATIO * factors
+        opaque = cluster.joint or any(map(_rules.is_custom, cluster.sites))
+        return opaque and formed > LARGE_RATIO * factors
 
     def spread(self, leaf: int, value: Array) -> list[Array]:
         """The parts of a leaf that its roots are, linearly and in the dtype of `value`."""
@@ -189,7 +190,7 @@ def _varying(program: Program) -> set[int]:
     for step in program.steps:
         if step.name != "stop_gradient" and varying.intersection(step.inputs):
             varying.update(o for o in step.results if program.differentiable(o) and program.kinds[o] == Kind.PARAMS)
-    return varying
+    return {value for value in varying if program.size(value)}
 
 
 def _reaching(program: Program) -> set[int]:
@@ -205,10 +206,9 @@ def _chain(program: Program, roots: set[int]) -> list[Step]:
     """The steps that make the roots from the leaves; what they take from constants alone is not among them."""
     wanted, chain = set(roots), []
     for step in reversed(program.steps):
-        if wanted.intersection(step.results):
+        if any(o in wanted and program.kinds[o] == Kind.PARAMS for o in step.results):
             wanted.update(step.inputs)
-            if any(program.kinds[i] == Kind.PARAMS for i in step.inputs):
-                chain.append(step)
+            chain.append(step)
     return chain[::-1]
 
 
@@ -258,15 +258,21 @@ def _real(aval: Any) -> bool:
 
 
 def _disjoint_slices(steps: Sequence[Step]) -> bool:
-    """Whether the steps cut pieces without a common element from one array (boxes: strides are not looked at)."""
+    """Whether the steps cut pieces without a common element from one array: apart, or out of step, along some axis."""
     if any(step.name != "slice" for step in steps):
         return False
-    boxes = [list(zip(s.options["start_indices"], s.options["limit_indices"], strict=True)) for s in steps]
 
-    def apart(one: list[tuple[int, int]], other: list[tuple[int, int]]) -> bool:
-        return any(a[1] <= b[0] or b[1] <= a[0] for a, b in zip(one, other, strict=True))
+    def ranges(step: Step) -> list[range]:
+        options = step.options
+        strides = options["strides"] or [1] * len(options["start_indices"])
+        return list(map(range, options["start_indices"], options["limit_indices"], strides))
 
-    return all(apart(box, other) for i, box in enumerate(boxes) for other in boxes[:i])
+    def apart(one: range, other: range) -> bool:
+        out_of_step = one.step == other.step and (one.start - other.start) % one.step != 0
+        return one.stop <= other.start or other.stop <= one.start or out_of_step
+
+    boxes = list(map(ranges, steps))
+    return all(any(map(apart, box, other)) for i, box in enumerate(boxes) for other in boxes[:i])
 
 
 def _connected(items: Iterable[int], links: Iterable[Iterable[int]]) -> list[set[int]]:

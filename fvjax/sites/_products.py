@@ -162,7 +162,6 @@ def _plain_trace(factors: Factors, weights: Array | None) -> tuple[Array, Array,
 
 def _plain_squares(factors: Factors, weights: Array | None) -> tuple[Array, Array, Array]:
     x, weighted, total = _weighted(factors, weights)
-
     mean = _product(x, weighted) / _moments.divisor(total)
     # Without the detour XLA squares the rows as soon as the forward pass has them, and keeps the squares of all layers
     # until the cotangents are there (8 of 35 MB in a network of 4 x 512). Its CPU compiler drops optimization barriers.

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from fvjax.types import Array, Params
 
@@ -15,6 +16,10 @@ UNROLLED = 64
 
 # Calls without a derivative rule of their own: what they do is what their equations do.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
+
+
+_LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose"}
+_PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
 class Kind(enum.IntEnum):
@@ -107,6 +112,7 @@ class _Flattener:
         self.avals: list[Any] = []
         self.kinds: list[Kind] = []
         self.constants: dict[int, Any] = {}
+        self.zeros: set[int] = set()
         self._seen: dict[Any, tuple[int | None, ...]] = {}
 
     def new(self, aval: Any, kind: Kind) -> int:
@@ -117,7 +123,14 @@ class _Flattener:
     def constant(self, value: Any) -> int:
         index = self.new(jax.typeof(value), Kind.CONSTANT)
         self.constants[index] = value
+        if isinstance(value, int | float | np.number) and value == 0:
+            self.zeros.add(index)
         return index
+
+    def _is_zero(self, name: str, inputs: list[int]) -> bool:
+        """Whether the equation gives zeros for all that is known of it: zeros laid out, or times params."""
+        known = [i in self.zeros for i in inputs]
+        return (name in _LAYOUTS and all(known[:1]) and bool(known)) or (name in _PRODUCTS and any(known))
 
     def inline(self, closed: Any, inputs: Sequence[int]) -> list[int]:
         jaxpr = closed.jaxpr
@@ -137,15 +150,20 @@ class _Flattener:
         if Kind.PARAMS in kinds:
             if name in _CALLS:
                 return self.inline(_body(equation), inputs)
-            if name == "scan" and Kind.DATA in kinds and equation.params["length"] <= UNROLLED:
+            if name == "scan" and Kind.DATA in kinds and 1 <= equation.params["length"] <= UNROLLED:
                 return self.inline(_unrolled(equation), inputs)
         kind = max(kinds, default=Kind.CONSTANT)
+        zero = self._is_zero(name, inputs)
+        if zero and kind == Kind.PARAMS:
+            kind = Kind.CONSTANT  # the first step of a recurrent network: a state of zeros times params
         # The same function of the same params is one value: a layer that is called twice is then one root.
         key = _identity(equation, inputs) if kind == Kind.PARAMS else None
         if key is not None and key in self._seen:
             return self._seen[key]
         outputs = tuple(None if isinstance(v, jex.DropVar) else self.new(v.aval, kind) for v in equation.outvars)
         self.steps.append(Step(equation, tuple(inputs), outputs))
+        if zero:
+            self.zeros.update(o for o in outputs if o is not None)
         if key is not None and None not in outputs:
             self._seen[key] = outputs
         return outputs
@@ -153,14 +171,21 @@ class _Flattener:
 
 def _identity(equation: Any, inputs: list[int]) -> Any:
     """What makes two equations the same, or None where the options cannot be compared."""
-    sources = zip(equation.invars, inputs, strict=True)
-    read = tuple(repr(v.val) if isinstance(v, jex.Literal) else i for v, i in sources)
+    read = tuple(
+        _bits(v.val) if isinstance(v, jex.Literal) else i for v, i in zip(equation.invars, inputs, strict=True)
+    )
     key = (equation.primitive, read, tuple(sorted(equation.params.items(), key=lambda item: item[0])))
     try:
         hash(key)
     except TypeError:
         return None
     return key
+
+
+def _bits(value: Any) -> tuple[str, tuple[int, ...], bytes]:
+    """What makes two literals the same; what they print as does not."""
+    array = np.asarray(value)
+    return str(array.dtype), array.shape, array.tobytes()
 
 
 def _body(equation: Any) -> Any:

@@ -11,7 +11,8 @@ from fvjax._moments import accumulation_dtype
 from fvjax.sites._program import Program, Step
 from fvjax.types import Array
 
-_SUBPROGRAMS = {"scan", "while", "cond", "custom_jvp_call", "custom_vjp_call"}
+_LOOPS = {"scan", "while", "cond"}
+_CUSTOM_RULES = {"custom_jvp_call", "custom_vjp_call", "custom_vjp_call_jaxpr"}
 
 
 class Operand(NamedTuple):
@@ -73,11 +74,13 @@ class Factors(NamedTuple):
 
 def is_product(site: Site) -> bool:
     """Whether the gradient is a sum of outer products of parts of the data and parts of the cotangent."""
-    return _is_dot(site) or is_convolution(site)
+    equation = site.step.equation
+    real = all(jnp.issubdtype(v.aval.dtype, jnp.floating) for v in (*equation.invars, *equation.outvars))
+    return real and len(site.operands) == 1 and len(site.data) == 1 and (_is_dot(site) or is_convolution(site))
 
 
 def _is_dot(site: Site) -> bool:
-    return site.step.name == "dot_general" and len(site.operands) == 1 and len(site.data) == 1
+    return site.step.name == "dot_general"
 
 
 def is_convolution(site: Site) -> bool:
@@ -85,8 +88,6 @@ def is_convolution(site: Site) -> bool:
     step = site.step
     return (
         step.name == "conv_general_dilated"
-        and len(site.operands) == 1
-        and len(site.data) == 1
         and step.inputs[1] == site.operands[0].value
         and step.options["batch_group_count"] == 1
     )
@@ -109,9 +110,10 @@ def length(site: Site) -> int:
 
 
 def factors(site: Site, data: Array, cotangent: Array) -> Factors:
-    """Rows [groups, L, rows] and columns [groups, L, columns] of ONE example, in at least float32."""
+    """Rows [groups, L, rows] and columns [groups, L, columns] of ONE example, in one dtype of at least float32."""
     make = _dot_factors if _is_dot(site) else _convolution_factors
-    return make(site, widened(data), widened(cotangent))
+    dtype = np.result_type(accumulation_dtype(data), accumulation_dtype(cotangent))
+    return make(site, data.astype(dtype), cotangent.astype(dtype))
 
 
 def _shape_of(site: Site, side: int) -> tuple[int, ...]:
@@ -212,8 +214,10 @@ def widened(x: Array) -> Array:
 
 def patch_size(site: Site) -> int:
     """The number of elements of the patches of one example; 0 for other sites."""
-    groups, rows, _ = layout(site).shape if is_convolution(site) else (0, 0, 0)
-    return groups * rows * length(site) if groups else 0
+    if not (is_product(site) and is_convolution(site)):
+        return 0
+    groups, rows, _ = layout(site).shape
+    return groups * rows * length(site)
 
 
 def derivative(site: Site, known: dict[int, Any], cotangents: Sequence[Array]) -> dict[int, Array]:
@@ -267,21 +271,30 @@ def find_operands(program: Program, step: Step, producers: dict[int, Step], vary
 def _stem(program: Program, value: int, producers: dict[int, Step], names: set[str]) -> list[Step]:
     """The steps of the given names that lead to `value`, through real arrays only."""
     stem: list[Step] = []
-    while (step := producers.get(value)) is not None and step.name in names and len(step.inputs) == 1:
-        value = step.inputs[0]
-        if not jnp.issubdtype(program.avals[value].dtype, jnp.floating):
+    while _is_real(program, value) and (step := producers.get(value)) is not None:
+        if step.name not in names or len(step.inputs) != 1 or not _is_real(program, step.inputs[0]):
             break
+        value = step.inputs[0]
         stem.insert(0, step)
     return stem
 
 
+def _is_real(program: Program, value: int) -> bool:
+    return jnp.issubdtype(program.avals[value].dtype, jnp.floating)
+
+
 def describe(site: Site) -> str:
     """The rule of the site in words."""
-    if _is_dot(site):
-        return "outer products"
-    return "image patches" if is_convolution(site) else f"vjp of {site.step.name}"
+    if is_product(site):
+        return "outer products" if _is_dot(site) else "image patches"
+    return f"vjp of {site.step.name}"
 
 
-def is_slow(site: Site) -> bool:
-    """Whether its rule costs as much as `vmap(grad)` of that part of the model."""
-    return site.step.name in _SUBPROGRAMS
+def is_loop(site: Site) -> bool:
+    """Whether the site is a whole program with control flow, of which the rule costs as much as `vmap(grad)` of it."""
+    return site.step.name in _LOOPS
+
+
+def is_custom(site: Site) -> bool:
+    """Whether the site is a function with a derivative rule of its own: a few numbers, or a whole layer."""
+    return site.step.name in _CUSTOM_RULES

@@ -11,9 +11,13 @@ import pytest
 from fvjax import sites
 
 Agreement = Callable[..., dict[str, str]]
-# The models are tiny, so compiling takes all the time; XLA's optimization of them would double it.
-QUICK = {"xla_backend_optimization_level": 0, "xla_llvm_disable_expensive_passes": True}
-NAMES = ("squared norms", "mean of square_norms", "mean", "m2", "trace of m2")
+# The models are tiny, so compiling takes all the time; XLA's optimization of them would triple it.
+QUICK = {
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+NAMES = ("squared norms", "mean of square_norms", "mean", "mean beside the trace", "m2", "trace of m2")
 
 
 def cast(tree: Any, dtype: Any) -> Any:
@@ -25,9 +29,14 @@ def cast(tree: Any, dtype: Any) -> Any:
     return jax.tree.map(one, tree)
 
 
+def run_quickly(function: Callable[..., Any], *arguments: Any) -> Any:
+    """The function under jit, compiled without optimization."""
+    return jax.jit(function).lower(*arguments).compile(QUICK)(*arguments)
+
+
 def gradients(loss: Any, params: Any, batch: Any) -> list[np.ndarray]:
     """`vmap(grad)` in the dtype of the arguments, its leaves [n, ...] in float64."""
-    each = jax.jit(jax.vmap(jax.grad(loss), (None, 0)), compiler_options=QUICK)(params, batch)
+    each = run_quickly(jax.vmap(jax.grad(loss), (None, 0)), params, batch)
     return [np.asarray(g).astype(np.float64) for g in jax.tree.leaves(each)]
 
 
@@ -36,23 +45,20 @@ def expected(each: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
     found = []
     for g in each:
         flat = g.reshape(len(g), -1)
-        m2 = len(g) * np.var(g, 0)
-        found.append((np.sum(flat**2, 1), np.mean(g, 0), np.mean(g, 0), m2, np.sum(m2)))
+        mean, m2 = np.mean(g, 0), len(g) * np.var(g, 0)
+        found.append((np.sum(flat**2, 1), mean, mean, mean, m2, np.sum(m2)))
     return found
 
 
 def measured(loss: Any, params: Any, batch: Any) -> tuple[list[tuple[Any, ...]], sites.SquareNorms]:
     """The same by `fvjax.sites`, in one compilation."""
 
-    @jax.jit
     def measure(params: Any, batch: Any) -> tuple[Any, ...]:
         norms = sites.square_norms(loss, params, batch, by_leaf=True)
         return norms, *(sites.moments(loss, params, batch, elementwise=e) for e in (True, False))
 
-    norms, each, trace = measure.lower(params, batch).compile(QUICK)(params, batch)
-    parts = norms.by_leaf, norms.mean, each.mean, each.m2, trace.m2
-    for means in (each.mean, trace.mean):
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), norms.mean, means)
+    norms, each, trace = run_quickly(measure, params, batch)
+    parts = norms.by_leaf, norms.mean, each.mean, trace.mean, each.m2, trace.m2
     return list(zip(*map(jax.tree.leaves, parts), strict=True)), norms
 
 
@@ -63,7 +69,7 @@ def errors(found: list[tuple[Any, ...]], reference: list[np.ndarray]) -> dict[st
     """
     right = expected(reference)
     squares = max((np.max(leaf[0], initial=0) for leaf in right), default=0) or 1.0
-    scales = squares, np.sqrt(squares), np.sqrt(squares), squares, squares
+    scales = squares, *(3 * [np.sqrt(squares)]), squares, squares
     worst = dict.fromkeys(NAMES, 0.0)
     for leaf, own in zip(found, right, strict=True):
         for name, value, other, scale in zip(NAMES, leaf, own, scales, strict=True):
@@ -76,26 +82,38 @@ def errors(found: list[tuple[Any, ...]], reference: list[np.ndarray]) -> dict[st
 
 @pytest.fixture(scope="session")
 def agree() -> Agreement:
-    """A function that compares the sites of a loss with `vmap(grad)` in float64, and returns the paths by name."""
-    references: dict[str, list[np.ndarray]] = {}
+    """A function that compares the sites of a loss with `vmap(grad)` and returns the paths by name.
 
-    def reference(name: str, case: tuple[Any, Any, Any]) -> list[np.ndarray]:
-        if name not in references:
-            with jax.enable_x64(True):
-                references[name] = gradients(case[0], *cast(case[1:], np.float64))
-        return references[name]
+    `bits` is the precision of the sites. The reference is in float64, of the same numbers, or `as_given` like the
+    sites: in the dtypes of the arguments, which are then cast nowhere.
+    """
+    references: dict[tuple[str, bool], list[np.ndarray]] = {}
 
     def compare(
-        name: str, case: tuple[Any, Any, Any], *, bits: int = 64, slow: bool = False, tolerance: float | None = None
+        name: str,
+        case: tuple[Any, Any, Any],
+        *,
+        bits: int,
+        slow: bool = False,
+        tolerance: float | None = None,
+        as_given: bool = False,
     ) -> dict[str, str]:
-        right = reference(name, case)
-        given = case[1:] if bits < 64 else cast(case[1:], np.float64)
-        with jax.enable_x64(bits == 64):
-            with pytest.warns(sites.SlowPathWarning) if slow else nullcontext():
-                found, norms = measured(case[0], *given)
-        tolerance = tolerance or {64: 1e-11, 32: 1e-5}[bits]
-        gaps = errors(found, right)
-        assert all(np.isfinite(gap) and gap <= tolerance for gap in gaps.values()), (gaps, tolerance)
+        loss, given, wide = case[0], case[1:], cast(case[1:], np.float64)
+        if (name, as_given) not in references:
+            with jax.enable_x64(bits == 64 or not as_given):
+                references[name, as_given] = gradients(loss, *(given if as_given else wide))
+        warned = pytest.warns(sites.SlowPathWarning) if slow else nullcontext()
+        with jax.enable_x64(bits == 64), warned:
+            found, norms = measured(loss, *(wide if bits == 64 and not as_given else given))
+        gaps = errors(found, references[name, as_given])
+        limit = tolerance or {64: 1e-11, 32: 1e-5}[bits]
+        assert all(np.isfinite(gap) and gap <= limit for gap in gaps.values()), (gaps, limit)
         return dict(norms.paths)
 
     return compare
+
+
+@pytest.fixture(scope="session")
+def quickly() -> Callable[..., Any]:
+    """A function that runs another under jit, compiled without optimization."""
+    return run_quickly

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fvjax import sites
 from fvjax.losses import squared_error
 from fvjax.nets import mlp
 from fvjax.types import Array, PathSample
@@ -101,7 +102,9 @@ class ConvNet(nn.Module):
         """[5, 6, 2] -> [6, 6, 1]."""
         h = nn.Conv(4, (3, 3), strides=(2, 1), name="strided")(x)
         h = nn.silu(nn.GroupNorm(2, reduction_axes=(-3, -2, -1), name="norm")(h))
-        h = nn.Conv(4, (2, 3), kernel_dilation=(1, 2), feature_group_count=2, padding=((1, 0), (2, 1)), name="grouped")(h)
+        h = nn.Conv(4, (2, 3), kernel_dilation=(1, 2), feature_group_count=2, padding=((1, 0), (2, 1)), name="grouped")(
+            h
+        )
         return nn.ConvTranspose(1, (3, 2), strides=(2, 1), name="transposed")(nn.silu(h))
 
 
@@ -131,7 +134,7 @@ def conv_3d():
     return linen(nn.Conv(2, (1, 2, 3), padding="VALID"), normal(3, N, 3, 4, 5, 2))
 
 
-@case({"['LayerNorm_0']['scale']": "vjp of mul", "['LayerNorm_0']['bias']": "vjp of add"})
+@case({"['layers_1']['scale']": "vjp of mul", "['layers_1']['bias']": "vjp of add"})
 def layer_norm():
     """Catches scales and biases whose gradients are not summed over the rows."""
     return linen(nn.Sequential([nn.Dense(4), nn.LayerNorm(), nn.tanh, nn.Dense(2)]), normal(3, N, 3, 4))
@@ -212,7 +215,9 @@ class Standardised(nn.Module):
         kernel = self.param("kernel", nn.initializers.normal(), (3, 3, 2, 3))
         mean, variance = jnp.mean(kernel, (0, 1, 2)), jnp.var(kernel, (0, 1, 2))
         kernel = (kernel - mean) / jnp.sqrt(variance + 1e-3)
-        return nn.tanh(jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0])
+        return nn.tanh(
+            jax.lax.conv_general_dilated(x[None], kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC"))[0]
+        )
 
 
 @case({"['kernel']": "image patches, pulled back per example"})
@@ -266,13 +271,25 @@ def long_scan_over_layers():
 @case({"['input']": "outer products", "['hidden']": "outer products", "['bias']": "vjp of add"})
 def recurrent_network():
     """Catches the gradients of weights that every step shares: squares of steps instead of the square of their sum."""
+    return recurrent(zero_state=False)
+
+
+@case({"['input']": "outer products", "['hidden']": "outer products", "['bias']": "vjp of add"})
+def recurrent_network_from_zero():
+    """Catches a first step, zeros times weights, that makes the weights depend on params alone."""
+    return recurrent(zero_state=True)
+
+
+def recurrent(*, zero_state: bool) -> tuple[Any, Any, Any]:
+    """A network that reads a sequence backwards."""
 
     def predict(params: Any, x: Array) -> Array:
         def step(h: Array, token: Array) -> tuple[Array, Array]:
             h = jnp.tanh(token @ params["input"] + h @ params["hidden"] + params["bias"])
             return h, h
 
-        return jax.lax.scan(step, jnp.zeros(3, x.dtype), x, reverse=True)[1]
+        start = jnp.zeros(3, x.dtype) if zero_state else x[0, :1] * jnp.ones(3, x.dtype)
+        return jax.lax.scan(step, start, x, reverse=True)[1]
 
     params = {"input": normal(4, 2, 3), "hidden": normal(5, 3, 3, scale=0.5), "bias": normal(6, 3)}
     return regression(predict, params, normal(3, N, 4, 2), (4, 3))
@@ -324,9 +341,9 @@ def divergence_in_the_loss():
     return loss, dense_params(), normal(3, N, 3)
 
 
-@case({"['a']": "outer products", "['c']": "outer products"})
+@case({"['a']": "outer products", "['b']": "vjp of add"})
 def gradient_of_an_energy():
-    """Catches kernels that are used from the left in the inner backward pass, and from the right in the forward pass."""
+    """Catches kernels that are used from the left in the inner backward pass, from the right in the forward one."""
 
     def loss(params: Any, example: Any) -> Array:
         field = jax.grad(lambda x: dense_net(params, x)[0])(example[0])
@@ -335,15 +352,14 @@ def gradient_of_an_energy():
     return loss, dense_params(outputs=1), (normal(3, N, 3), normal(2, N, 3))
 
 
-@case(slow=True)
+@case({"": "outer products + vjp of add, pulled back per example"}, slow=True)
 def weight_decay():
-    """Catches a penalty that is left out of the gradient of every example, or its cross term with the data."""
+    """Catches a penalty without its cross term with the data, and params of every example without a warning."""
 
     def loss(params: Any, x: Array) -> Array:
-        decay = sum(jnp.sum(p**2) for p in jax.tree.leaves(params))
-        return jnp.sum(dense_net(params, x) ** 2) + 0.1 * decay
+        return jnp.sum(jnp.tanh(x @ params) ** 2) + 0.1 * jnp.sum(params**2)
 
-    return loss, dense_params(), normal(3, N, 3)
+    return loss, normal(4, 48, 48, scale=0.1), normal(3, N, 48)
 
 
 @case({"['a']": "outer products", "['b']": "vjp of add", "['c']": "outer products"})
@@ -371,7 +387,7 @@ def noise_in_the_loss():
     return loss, dense_params(), (normal(3, N, 3), jax.random.split(jax.random.key(1), N))
 
 
-@case({"['a']": "outer products", "['c']": "outer products"})
+@case({".layers[0].weight": "outer products", ".layers[2].bias": "vjp of add"})
 def equinox_mlp():
     """Catches an Equinox module, whose functions and sizes are no leaves of the params."""
     import equinox as eqx
@@ -410,11 +426,11 @@ def nnx_conv_net():
     return regression(apply, params, normal(3, N, 4, 4, 2), (4, 4, 2))
 
 
-@case()
+@case({"['blocks']['layers'][0]['lin']['kernel'].value": "outer products"})
 def ott_mlp():
     """Catches ott-jax's velocity field, which takes a batch: every product has a batch axis of length one."""
     from flax import nnx
-    from ott.neural.networks.velocity_field import MLP
+    from ott.neural.networks.velocity_field.mlp import MLP
 
     apply, params = merged(nnx.eval_shape(lambda: MLP(2, hidden_dims=(4, 4), time_enc_num_freqs=1, rngs=nnx.Rngs(0))))
     return squared_error(lambda p, t, x: apply(p, t[None], x[None])[0]), params, path_samples(2)
@@ -423,7 +439,7 @@ def ott_mlp():
 def unet():
     """ott-jax's UNet at the smallest width its GroupNorm of 32 groups allows."""
     from flax import nnx
-    from ott.neural.networks.velocity_field import UNet
+    from ott.neural.networks.velocity_field.unet import UNet
 
     network = nnx.eval_shape(
         lambda: UNet(
@@ -447,3 +463,70 @@ def test_model_is_vmap_grad(agree, name, bits):
     build, paths, slow = CASES[name]
     found = agree(name, build(), bits=bits, slow=slow)
     assert found.items() >= paths.items(), found
+
+
+def test_moments_of_weight_decay_are_fast(x64):
+    """Catches a penalty, the same for every example, that makes the moments slow or moves a variance.
+
+    A SlowPathWarning would be an error.
+    """
+    loss, params, batch = weight_decay()
+    assert dict(sites.paths(loss, params, batch))[""].startswith("outer products")
+    free = jax.jit(lambda p, x: sites.moments(lambda p, x: loss(p, x) - 0.1 * jnp.sum(p**2), p, x))(params, batch)
+    found = jax.jit(lambda p, x: sites.moments(loss, p, x))(params, batch)
+    np.testing.assert_allclose(found.m2, free.m2, rtol=1e-5)
+    np.testing.assert_allclose(found.mean - free.mean, 0.2 * params, rtol=1e-4, atol=1e-6)
+
+
+def test_ott_unet_is_vmap_grad(agree):
+    """Catches a slow path, or a wrong one, in a network of 70 leaves with attention, skips and time embeddings.
+
+    In float32 only: it computes its normalisations in float32 whatever its params are.
+    """
+    paths = agree("unet", unet(), bits=32)
+    assert set(paths.values()) <= {"image patches", "outer products", "vjp of add", "vjp of mul"}, paths
+
+
+class Dropout(nn.Module):
+    """Dropout between dense layers, with a key that is data."""
+
+    @nn.compact
+    def __call__(self, x: Array, key: Array) -> Array:
+        """[4] -> [2]."""
+        h = nn.Dropout(0.5, deterministic=False)(nn.tanh(nn.Dense(8)(x)), rng=key)
+        return nn.Dense(2)(h)
+
+
+@pytest.mark.parametrize("bits", [64, 32])
+def test_dropout_is_vmap_grad(agree, bits):
+    """Catches masks that the examples share, or that the forward pass and the site draw apart.
+
+    In float32 against `vmap(grad)` in float32: Flax draws other masks in float64.
+    """
+    case = linen(Dropout(), normal(3, N, 4), jax.random.split(jax.random.key(1), N))
+    agree("dropout", case, bits=bits, as_given=bits == 32)
+
+
+def in_bfloat16(*names: str) -> tuple[Any, Any, Any]:
+    """A net of two layers, the named leaves of which are bfloat16, with a float32 batch, computing in bfloat16."""
+    params = {k: jnp.asarray(v, jnp.bfloat16 if k in names else jnp.float32) for k, v in dense_params().items()}
+
+    def loss(params: Any, x: Array) -> Array:
+        narrow = jax.tree.map(lambda p: p.astype(jnp.bfloat16), params)
+        return jnp.sum(dense_net(narrow, x.astype(jnp.bfloat16)).astype(jnp.float32) ** 2)
+
+    return loss, params, normal(3, N, 3)
+
+
+@pytest.mark.parametrize("names", [(), ("a", "b", "c"), ("a", "b")], ids=["compute", "params", "mixed"])
+def test_bfloat16_is_vmap_grad(agree, names):
+    """Catches moments that are accumulated in bfloat16, and leaves of several dtypes that are added up.
+
+    The tolerance is eight half-units of bfloat16, 2^-9 each: a gradient passes through about as many roundings, and is
+    squared; the sites round less of it than `vmap(grad)` does.
+    """
+    case = in_bfloat16(*names)
+    paths = agree(f"bfloat16 {names}", case, bits=32, as_given=True, tolerance=8 * 2.0**-9)
+    assert paths == {"['a']": "outer products", "['b']": "vjp of add", "['c']": "outer products"}
+    found = jax.eval_shape(lambda p, x: sites.moments(case[0], p, x), *case[1:])
+    assert {leaf.dtype for leaf in jax.tree.leaves(found)} == {np.dtype(np.float32)}
