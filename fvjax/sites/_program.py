@@ -123,8 +123,6 @@ class _Flattener:
     def constant(self, value: Any) -> int:
         index = self.new(jax.typeof(value), Kind.CONSTANT)
         self.constants[index] = value
-        if isinstance(value, int | float | np.number) and value == 0:
-            self.zeros.add(index)
         return index
 
     def _is_zero(self, name: str, inputs: list[int]) -> bool:
@@ -138,7 +136,12 @@ class _Flattener:
         values |= zip(jaxpr.invars, inputs, strict=True)
 
         def read(atom: Any) -> int:
-            return self.constant(atom.val) if isinstance(atom, jex.Literal) else values[atom]
+            if not isinstance(atom, jex.Literal):
+                return values[atom]
+            index = self.constant(atom.val)
+            if not np.any(np.asarray(atom.val)):
+                self.zeros.add(index)
+            return index
 
         for equation in jaxpr.eqns:
             values |= zip(equation.outvars, self.equation(equation, [read(v) for v in equation.invars]), strict=True)
