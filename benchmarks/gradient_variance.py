@@ -4,9 +4,9 @@
     python benchmarks/gradient_variance.py --rounds 15 --docs
     python benchmarks/gradient_variance.py --rounds 2 --models mlp --batch 64
 
-2 CPU cores: TIME_HERE. Expected: squared norms and the trace take 0.9-1.3 times one plain value_and_grad of the same
-model in the same framework, every coordinate below 2 times, at about the memory of the gradient; vmap(grad) takes ten
-to hundreds of times as long for the MLP.
+2 CPU cores: some 12 minutes; the largest contender takes 6 GB. Expected: squared norms and the trace take 0.9-1.3 times
+one plain value_and_grad of the same model in the same framework, every coordinate below 2 times, at about the memory of
+the gradient; vmap(grad) takes hundreds of times as long for the MLP, and 2-15 times for the U-Net.
 
 Every contender runs in a process of its own (_worker.py), one process works at a time, and rounds are interleaved over
 all of them, JAX and PyTorch, in alternating order; medians. Weights and data are the same in both frameworks. `memory`
@@ -17,6 +17,9 @@ plain gradient the loss) from a float64 reference, one example after the other.
 
 glibc maps and unmaps blocks above 32 MB at every call, which costs a contender just above that size some ms of page
 faults. With --keep-memory the workers keep what they have allocated (MALLOC_* in the environment), all of them at once.
+
+PyTorch's OpenMP threads spin while they wait, which makes its calls up to 20 times slower, at random, as soon as other
+programs want the same cores. OMP_WAIT_POLICY=passive in the environment avoids that; it is recorded in the JSON.
 
 A peer that is not installed, or does not cover a layer, gives a row that says so.
 """
@@ -40,7 +43,7 @@ import numpy as np
 import tyro
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, NullFormatter
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
 HERE = Path(__file__).parent
 MODELS = ("mlp", "unet")
@@ -203,7 +206,7 @@ def measure(model: str, options: Options) -> list[dict[str, Any]]:
 
 def row(kind: Kind, one: Worker, plain: Worker, reference: float) -> dict[str, Any]:
     """One contender: medians, and ratios to the plain gradient of its framework."""
-    found = {"contender": kind.key, "label": kind.label, "quantity": kind.quantity, "error": one.error}
+    found: dict[str, Any] = {"contender": kind.key, "label": kind.label, "quantity": kind.quantity, "error": one.error}
     if one.error is not None or not one.seconds:
         return found
     facts = one.facts
@@ -252,13 +255,14 @@ def bars(axes: Axes, rows: Sequence[dict[str, Any]], key: str) -> None:
         axes.text(max(ratio, 1) * 1.04, place, f"{ratio:.3g}", va="center", fontsize=8)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set(xscale="log", xlim=(low / 1.15, high * (high / low) ** 0.2), ylim=(len(rows) - 0.4, -0.6))
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5) if high < 20 else (1,)))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda x, _: f"{x:g}"))
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
-    """Time and memory of every contender, as ratios to the plain gradient of its framework; a line of panels a model."""
+    """Time and memory of every contender, as ratios to the plain gradient of its framework."""
     models = list(dict.fromkeys(r["model"] for r in rows))
     with mpl.rc_context({"axes.titlesize": 10, "axes.titlelocation": "left"}):
         figure = Figure(figsize=(9.5, 0.9 + 3.6 * len(models)), layout="constrained")
@@ -273,6 +277,7 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
                 f"{TITLES.get(model, model)}: {about['parameters']:,} parameters, batch {about['batch']:,}"
             )
             line[0].set_xlabel("time / time of one gradient in the same framework")
+            line[1].tick_params(axis="y", length=0)
             line[1].set_xlabel("peak resident memory / that of one gradient")
     return figure
 
@@ -289,6 +294,7 @@ def environment(options: Options) -> dict[str, Any]:
     return {
         "rounds": options.rounds,
         "keep_memory": options.keep_memory,
+        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
         "threads": len(os.sched_getaffinity(0)),
         "cores": os.cpu_count(),
         "machine": platform.machine(),
