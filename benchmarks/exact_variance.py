@@ -3,7 +3,7 @@
     python benchmarks/exact_variance.py --rounds 7
     OPENBLAS_NUM_THREADS=1 python benchmarks/exact_variance.py --rounds 7
 
-2 CPU cores: half a minute each. The peer is `gradient_moments` (vmap(grad) in chunks, jitted) on draws of the same
+2 CPU cores: half a minute each. The peer is `gradient_moments` (site by site, in chunks, jitted) on draws of the same
 problem: rotated Gaussian pairs, pair-optimal field, constant noise, float64. A pilot of batches gives the standard
 error of one batch and the seconds that it takes; since the error falls as 1 / sqrt(draws), that gives the draws for any
 error. These are really drawn wherever that takes less than --limit seconds; otherwise the time is extrapolated, and

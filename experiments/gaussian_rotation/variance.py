@@ -125,7 +125,7 @@ def _exact(params: AffineMap, law: GaussianCoupling, sigma: Array) -> Array:
 def monte_carlo(
     key: Key, params: AffineMap, coupling: GaussianCoupling, interpolant: Interpolant, *, repeats: int, draws: int
 ) -> Array:
-    """Independent unbiased estimates of the total variance from draws and `vmap(grad)`, [repeats]; no closed form."""
+    """Independent unbiased estimates of the total variance from the gradients of draws, [repeats]; no closed form."""
     loss = losses.squared_error(gaussian.affine_field)
 
     def estimate(repeat_key: Key) -> Array:

@@ -121,7 +121,7 @@ def moments(
         weights: [n], >= 0 (quadrature weights, importance weights); None means 1 each. An example of weight 0 (padding)
             is ignored, even if its gradient is nan.
         by: group of every example, integers in [0, groups), [n] (time bins, pairs, ...); entries outside are dropped.
-        groups: number of groups; given exactly if `by` is.
+        groups: number of groups; None means the largest entry of `by`, which must not be traced then, plus 1.
         chunk: examples that are differentiated at once; None means all. Any n works, the last chunk may be ragged.
         axis_name: name of the surrounding `pmap` axis over which the moments are merged.
 
@@ -137,6 +137,7 @@ def moments(
     Source: docs/theory.md, section 7.
     """
     n, plan, _ = _prepared(loss, params, batch, separate=True)
+    groups = _number_of_groups(by, groups)
     weights, by = _checked_options(n, weights, by, groups, chunk=chunk)
     leaves, structure = _flat(params)
     lead = () if groups is None else (groups,)
@@ -216,14 +217,24 @@ def _flat(params: Params) -> tuple[list[Array], Any]:
     return [jnp.asarray(leaf) for leaf in leaves], structure
 
 
+def _number_of_groups(by: Array | None, groups: int | None) -> int | None:
+    if by is None:
+        if groups is not None:
+            raise ValueError(f"groups must be given with by only, got groups={groups}")
+        return None
+    if groups is not None:
+        return groups
+    if not _validate.is_concrete(by):
+        raise ValueError(f"groups must be given where by is traced, got by={by}")
+    return int(np.max(np.asarray(by), initial=0)) + 1
+
+
 def _checked_options(
     n: int, weights: Array | None, by: Array | None = None, groups: int | None = None, *, chunk: int | None
 ) -> tuple[Array | None, Array | None]:
     if chunk is not None:
         _validate.positive_integer("chunk", chunk)
-    if (by is None) != (groups is None):
-        raise ValueError(f"by and groups must be given together, got by={by}, groups={groups}")
-    if groups is not None:
+    if by is not None:
         _validate.positive_integer("groups", groups)
         _validate.shape("by", by, (n,))
         by = jnp.asarray(by)
