@@ -16,8 +16,7 @@ UNROLLED = 64
 
 # Calls without a derivative rule of their own: what they do is what their equations do.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
-
-
+# Steps of which zeros come out if zeros go in.
 _LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose"}
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 
