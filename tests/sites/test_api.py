@@ -1,6 +1,7 @@
 """The public functions: order of results, chunks, weights, groups, errors, warnings, paths, memory, under jit."""
 
 import warnings
+from collections.abc import Callable
 from typing import Any
 
 import chex
@@ -20,6 +21,7 @@ from fvjax.gradients import (
     total_variance,
     variance_by_leaf,
 )
+from fvjax.sites import _engine
 from fvjax.types import Array, GradientMoments, Params
 
 N = 7
@@ -110,18 +112,23 @@ def test_law_of_total_variance_over_layers_and_groups(x64: None) -> None:
     np.testing.assert_allclose(sum(jax.tree.leaves(variance_by_leaf(whole))), total_variance(whole), rtol=1e-14)
 
 
-def test_many_groups_take_one_product_an_example(x64: None) -> None:
-    """Catches the other way for more groups than matrix products pay for: one group for every two examples."""
-    n = 80
+@pytest.mark.parametrize("block", [1, 8, 2**16])
+def test_many_groups_take_one_product_an_example(x64: None, monkeypatch: pytest.MonkeyPatch, block: int) -> None:
+    """Catches the other way for more groups than matrix products pay for, and indices outside that wrap or clamp."""
+    monkeypatch.setattr(_engine, "BLOCK", block)
+    n, groups = 80, 40
     rng = np.random.default_rng(0)
-    batch, params = jnp.asarray(rng.normal(size=(n, 3))), jnp.asarray(rng.normal(size=(3, 5)))
+    batch, params = jnp.asarray(rng.normal(size=(n + 2, 3))), jnp.asarray(rng.normal(size=(3, 5)))
+    by = jnp.concatenate([jnp.arange(n) // 2, jnp.asarray([-1, groups])])
 
     def loss(params: Params, x: Array) -> Array:
         return jnp.sum(jnp.sin(x @ params))
 
-    found = jax.jit(lambda: sites.moments(loss, params, batch, by=jnp.arange(n) // 2, groups=n // 2))()
-    exact = np.asarray(per_example_gradients(loss, params, batch)).reshape(n // 2, 2, -1)
+    found = jax.jit(lambda: sites.moments(loss, params, batch, by=by, groups=groups))()
+    exact = np.asarray(per_example_gradients(loss, params, batch))[:n].reshape(groups, 2, -1)
+    assert np.all(found.weight == 2)
     np.testing.assert_allclose(total_variance(found), exact.var(1).sum(1), rtol=1e-11)
+    np.testing.assert_allclose(found.mean.reshape(groups, -1), exact.mean(1), rtol=1e-11, atol=1e-14)
 
 
 def long_scan(params: Params, x: Array) -> Array:
@@ -162,6 +169,29 @@ def test_weight_decay_moves_the_mean_alone(x64: None) -> None:
     norms = sites.square_norms(decayed, params, batch).square_norms
     exact = jax.tree.leaves(per_example_gradients(decayed, params, batch))
     np.testing.assert_allclose(norms, sum(np.sum(np.reshape(g, (N, -1)) ** 2, 1) for g in exact), rtol=1e-12)
+
+
+NOT_SHARED: dict[str, Callable[[Array, Array], Array]] = {
+    "used twice": lambda both, _: both + both**2,
+    "squared": lambda both, _: both**2,
+    "times data": lambda both, t: t * both,
+    "over data": lambda both, t: both / t,
+    "under a constant": lambda both, _: 2 / both,
+}
+
+
+@pytest.mark.parametrize("case", NOT_SHARED)
+def test_weight_decay_that_examples_do_not_share(x64: None, case: str) -> None:
+    """Catches a penalty that is kept apart although its slope depends on the example."""
+    params, batch = jax.tree.map(lambda x: x.astype(float), (PARAMS, BATCH))
+
+    def loss(params: Params, example: Any) -> Array:
+        return NOT_SHARED[case](decayed(params, example), example.t)
+
+    assert "share" not in dict(sites.paths(loss, params, batch))["['first']"]
+    found = jax.jit(lambda p, b: sites.moments(loss, p, b))(params, batch)
+    exact = per_example_gradients(loss, params, batch)
+    np.testing.assert_allclose(total_variance(found), sum(np.var(g, 0).sum() for g in exact.values()), rtol=1e-11)
 
 
 def test_params_that_are_not_jax_arrays() -> None:
