@@ -12,7 +12,6 @@ Everything here is a deterministic function of the examples: draws give Monte Ca
 exact variances.
 """
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -22,9 +21,7 @@ import numpy as np
 from fvjax import _validate
 from fvjax._moments import merge_groups, merge_moments, trailing
 from fvjax.sites import moments as gradient_moments
-from fvjax.types import Array, GradientMoments, Params
-
-ExampleLoss = Callable[[Params, Any], Array]
+from fvjax.types import Array, ExampleLoss, GradientMoments, Params
 
 __all__ = [
     "GradientMoments",

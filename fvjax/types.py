@@ -58,6 +58,9 @@ class GradientMoments(NamedTuple):
     m2: Params
 
 
+ExampleLoss = Callable[[Params, Any], Array]
+"""(params, example) -> real scalar, for ONE example: what the gradient layer differentiates."""
+
 VelocityField = Callable[[Params, Scalar, Array], Array]
 """(params, t, x[*dims]) -> velocity[*dims], for ONE example; the caller vmaps."""
 

@@ -12,10 +12,7 @@ from fvjax import _moments, _validate
 from fvjax.sites import _engine
 from fvjax.sites._plan import Plan, make_plan
 from fvjax.sites._program import trace
-from fvjax.types import Array, GradientMoments, Params
-
-ExampleLoss = Callable[[Params, Any], Array]
-"""(params, example) -> scalar, for ONE example."""
+from fvjax.types import Array, ExampleLoss, GradientMoments, Params
 
 
 class SlowPathWarning(UserWarning):

@@ -5,7 +5,6 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from fvjax.sites import _rules
 from fvjax.sites._program import Kind, Program, Step
@@ -240,21 +239,16 @@ class _Parts:
         )
 
     def _keeps_coordinates(self, step: Step, value: int) -> bool:
-        avals = self.program.avals
-        output = avals[step.results[0]]
-        others = [i for i in step.inputs if i != value]
-        if not (_real(avals[value]) and _real(output)) or any(self.program.kinds[i] != Kind.CONSTANT for i in others):
+        program, result = self.program, step.results[0]
+        output, others = program.avals[result], [i for i in step.inputs if i != value]
+        if not (program.real(value) and program.real(result)) or any(program.kinds[i] != Kind.CONSTANT for i in others):
             return False
         if step.name in {"add", "sub"}:
             counted = step.inputs.count(value) == 1 and (step.name == "add" or step.inputs[0] == value)
-            return counted and output.shape == avals[value].shape
+            return counted and output.shape == program.avals[value].shape
         if step.name == "broadcast_in_dim":
-            return output.size == avals[value].size
+            return output.size == program.avals[value].size
         return not others and step.name in _LAYOUTS | _IDENTITIES
-
-
-def _real(aval: Any) -> bool:
-    return jnp.issubdtype(aval.dtype, jnp.floating)
 
 
 def _disjoint_slices(steps: Sequence[Step]) -> bool:

@@ -16,8 +16,9 @@ UNROLLED = 64
 
 # Calls without a derivative rule of their own: what they do is what their equations do.
 _CALLS = {"jit", "pjit", "closed_call", "core_call", "checkpoint", "remat", "remat2"}
-# Steps of which zeros come out if zeros go in.
-_LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose"}
+LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squeeze", "expand_dims", "transpose"}
+"""Steps that only lay out or cast a value."""
+
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 
 
@@ -72,9 +73,13 @@ class Program(NamedTuple):
     example: list[int]
     loss: int
 
-    def differentiable(self, value: int | None) -> bool:
+    def differentiable(self, value: int) -> bool:
         """Whether the value is of a floating or complex type."""
-        return value is not None and jnp.issubdtype(self.avals[value].dtype, jnp.inexact)
+        return jnp.issubdtype(self.avals[value].dtype, jnp.inexact)
+
+    def real(self, value: int) -> bool:
+        """Whether the value is of a floating type."""
+        return jnp.issubdtype(self.avals[value].dtype, jnp.floating)
 
     def size(self, value: int) -> int:
         """The number of its elements."""
@@ -127,7 +132,7 @@ class _Flattener:
     def _is_zero(self, name: str, inputs: list[int]) -> bool:
         """Whether the equation gives zeros for all that is known of it: zeros laid out, or times params."""
         known = [i in self.zeros for i in inputs]
-        return (name in _LAYOUTS and all(known[:1]) and bool(known)) or (name in _PRODUCTS and any(known))
+        return (name in LAYOUTS and all(known[:1]) and bool(known)) or (name in _PRODUCTS and any(known))
 
     def inline(self, closed: Any, inputs: Sequence[int]) -> list[int]:
         jaxpr = closed.jaxpr

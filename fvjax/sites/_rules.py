@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvjax._moments import accumulation_dtype
-from fvjax.sites._program import Program, Step
+from fvjax.sites._program import LAYOUTS, Program, Step
 from fvjax.types import Array
 
 _LOOPS = {"scan", "while", "cond"}
@@ -245,10 +245,6 @@ def derivative(site: Site, known: dict[int, Any], cotangents: Sequence[Array]) -
     return dict(zip(roots, pull(list(cotangents)), strict=True))
 
 
-# Steps that only lay out or cast a value.
-_LAYOUTS = {"transpose", "convert_element_type", "copy", "broadcast_in_dim", "reshape", "squeeze", "expand_dims"}
-
-
 def find_operands(program: Program, step: Step, producers: dict[int, Step], varying: set[int]) -> tuple[Operand, ...]:
     """The inputs of a site that are in `varying`, i.e. have a derivative with respect to params, with their roots.
 
@@ -257,7 +253,7 @@ def find_operands(program: Program, step: Step, producers: dict[int, Step], vary
     bias's own size only before the broadcast.
     """
     dot = step.name == "dot_general"
-    names = {"transpose", "convert_element_type", "copy"} if dot else _LAYOUTS
+    names = {"transpose", "convert_element_type", "copy"} if dot else LAYOUTS
     operands = []
     for value in dict.fromkeys(i for i in step.inputs if i in varying):
         stem = _stem(program, value, producers, names)
@@ -271,16 +267,12 @@ def find_operands(program: Program, step: Step, producers: dict[int, Step], vary
 def _stem(program: Program, value: int, producers: dict[int, Step], names: set[str]) -> list[Step]:
     """The steps of the given names that lead to `value`, through real arrays only."""
     stem: list[Step] = []
-    while _is_real(program, value) and (step := producers.get(value)) is not None:
-        if step.name not in names or len(step.inputs) != 1 or not _is_real(program, step.inputs[0]):
+    while program.real(value) and (step := producers.get(value)) is not None:
+        if step.name not in names or len(step.inputs) != 1 or not program.real(step.inputs[0]):
             break
         value = step.inputs[0]
         stem.insert(0, step)
     return stem
-
-
-def _is_real(program: Program, value: int) -> bool:
-    return jnp.issubdtype(program.avals[value].dtype, jnp.floating)
 
 
 def describe(site: Site) -> str:
