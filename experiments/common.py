@@ -5,7 +5,6 @@ import json
 import platform
 import shlex
 import sys
-import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
@@ -15,16 +14,12 @@ import jax
 import numpy as np
 import tyro
 from matplotlib.figure import Figure
-from tqdm import tqdm
 
 import fvjax
-from fvjax.training import NonFiniteLossError
+from fvjax.training import NonFiniteLossError, Progress
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")
-
-LOG_SECONDS = 10.0
-"""How often a run without a terminal prints a line of progress."""
 
 
 class RunFolder:
@@ -113,16 +108,11 @@ def _module_and_arguments() -> list[str]:
 
 def progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
     """Passes `items` on and shows how far they are: a bar with rate and ETA on a terminal, plain lines in a log."""
-    if sys.stderr.isatty():
-        yield from tqdm(items, desc=label, total=total, leave=False)
-        return
-    start = last = time.monotonic()
+    bar = Progress(label, total)
     for done, item in enumerate(items, 1):
         yield item
-        now = time.monotonic()
-        if now - last >= LOG_SECONDS or done == total:
-            last, rate = now, done / (now - start)
-            print(f"{label}: {done}/{total}, {rate:.3g}/s, {(total - done) / rate:.0f} s left", file=sys.stderr)
+        bar.update(done)
+    bar.close()
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

@@ -1,12 +1,13 @@
 """The squared error of ONE example as a function (params, example) -> scalar, and its mean over a batch."""
 
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from fvjax import _validate
-from fvjax.types import Array, Params, PathSample, VelocityField
+from fvjax.types import Array, ExampleLoss, Params, PathSample, VelocityField
 
 Loss = Callable[[Params, PathSample], Array]
 """(params, example) -> scalar, for ONE example: what the gradient layer differentiates."""
@@ -39,7 +40,7 @@ def squared_error(field: VelocityField, *, reduction: str = "sum") -> Loss:
     return loss
 
 
-def batch_loss(loss: Loss, params: Params, batch: PathSample, *, weights: Array | None = None) -> Array:
+def batch_loss(loss: ExampleLoss, params: Params, batch: Any, *, weights: Array | None = None) -> Array:
     """Weighted mean of a one-example loss over a batch.
 
     Args:
