@@ -65,7 +65,7 @@ def _backward(convolution: _Convolution, saved: tuple[Array, Array], cotangent: 
     x, kernel = saved
 
     def plain(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
-        return jax.vjp(lambda x, kernel: convolution(x, kernel), x, kernel)[1](cotangent)
+        return jax.vjp(convolution.__call__, x, kernel)[1](cotangent)
 
     def on_cpu(x: Array, kernel: Array, cotangent: Array) -> tuple[Array, Array]:
         return _image_gradient(convolution, kernel, cotangent), _kernel_gradient(convolution, x, kernel, cotangent)

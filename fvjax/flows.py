@@ -20,7 +20,7 @@ an MLP of width 64 or 256 it took 1/2.3 or 1/1.3 of it (2 CPU cores).
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict, Unpack
+from typing import Any, NamedTuple, TypedDict, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -31,6 +31,9 @@ from fvjax.types import Array, Params, Scalar, VelocityField
 
 SOLVERS = {"euler": "Euler", "heun": "Heun", "midpoint": "Midpoint", "tsit5": "Tsit5", "dopri5": "Dopri5"}
 """Solver names of this module, and the classes of diffrax that they stand for."""
+
+EVALUATIONS = {"euler": (1, 0), "heun": (2, 0), "midpoint": (2, 0), "tsit5": (6, 1), "dopri5": (6, 1)}
+"""Evaluations of the field in each step, and once: the last stage of tsit5 and dopri5 is the next step's first."""
 
 TOLERANCE = 1e-5
 """Default of rtol and atol where neither they nor `steps` are given."""
@@ -117,7 +120,39 @@ def transport(
         RuntimeError: if the solve fails and this is called eagerly.
     """
     plan = _resolve(x0, solver=solver, steps=steps, rtol=rtol, atol=atol, start=start, end=end, max_steps=max_steps)
-    return _solve(field, params, x0, plan)
+    return _solve(field, params, x0, plan)[0]
+
+
+class Counted(NamedTuple):
+    """A state [*dims], and the number of evaluations of the field [] that led to it."""
+
+    state: Array
+    evaluations: Array
+
+
+def counted_transport(field: VelocityField, params: Params, x0: Array, **options: Unpack[SolverOptions]) -> Counted:
+    """As `transport` of ONE example, with its number of function evaluations (NFE).
+
+    Those of rejected steps count. Under `vmap` each example has its own number; the batch computes the largest of them
+    for all.
+
+    Args:
+        field: as in `transport`.
+        params: as in `transport`.
+        x0: the state at t = start, ONE example, [*dims].
+        **options: those of `transport`.
+
+    Returns:
+        Counted(state [*dims], evaluations [], int32).
+
+    Raises:
+        ValueError: as in `transport`.
+        RuntimeError: as in `transport`.
+    """
+    plan = _resolve(x0, **options)
+    state, steps = _solve(field, params, x0, plan)
+    per_step, reused = EVALUATIONS[plan.solver]
+    return Counted(state, jnp.asarray(steps, jnp.int32) * per_step + reused)
 
 
 def trajectory(
@@ -148,7 +183,7 @@ def trajectory(
     """
     plan = _resolve(x0, **options)
     _check_times(times, plan)
-    return _solve(field, params, x0, plan, times=times)
+    return _solve(field, params, x0, plan, times=times)[0]
 
 
 def straightness(
@@ -184,7 +219,7 @@ def straightness(
     points, weights = np.polynomial.legendre.leggauss(nodes)
     start, end = jnp.asarray(plan.start, plan.dtype), jnp.asarray(plan.end, plan.dtype)
     times = _between(start, end, np.append((1 + points) / 2, 1.0))
-    states = _solve(field, params, x0, plan, times=times)
+    states = _solve(field, params, x0, plan, times=times)[0]
     chord = (states[-1] - x0) / (end - start)
     velocities = jax.vmap(field, in_axes=(None, 0, 0))(params, times[:-1], states[:-1])
     squares = jnp.sum((chord - velocities).reshape(nodes, -1) ** 2, axis=1)
@@ -280,8 +315,10 @@ def _between(start: Array, end: Array, fractions: np.ndarray) -> Array:
     return start * jnp.asarray(1 - fractions, start.dtype) + end * jnp.asarray(fractions, end.dtype)
 
 
-def _solve(field: VelocityField, params: Params, x0: Array, plan: _Plan, *, times: Any = None) -> Array:
-    """The state at the end, or the states at `times`."""
+def _solve(
+    field: VelocityField, params: Params, x0: Array, plan: _Plan, *, times: Any = None
+) -> tuple[Array, Array | int]:
+    """The state at the end, or the states at `times`; and the number of steps, rejected ones included."""
     import diffrax
 
     x0 = jnp.asarray(x0)
@@ -306,7 +343,7 @@ def _solve(field: VelocityField, params: Params, x0: Array, plan: _Plan, *, time
     stopped = jnp.where(solution.result == diffrax.RESULTS.dt_min_reached, 2, stopped)
     # A solve that stopped has no states after that: only of a complete one does it say something that they are finite.
     overflow = ~jnp.all(jnp.isfinite(x0)) | (stopped == 0) & ~jnp.all(jnp.isfinite(states))
-    return _or_fail(states, jnp.where(overflow, 1, stopped), plan)
+    return _or_fail(states, jnp.where(overflow, 1, stopped), plan), solution.stats["num_steps"]
 
 
 def _controller(plan: _Plan) -> tuple[Array, Array, Any]:

@@ -289,3 +289,17 @@ def test_the_three_functions_have_the_same_options():
     assert names == list(flows.SolverOptions.__annotations__)
     assert names == [name for name in spelled if name not in ("field", "params", "x0")]
     assert all(shared[name].default == spelled[name].default for name in names)
+
+
+@pytest.mark.parametrize("options", [{"solver": s, "steps": 3} for s in flows.SOLVERS] + [{"solver": "dopri5"}])
+def test_evaluations_are_counted(options):
+    """Catches a wrong number of stages or of steps: the field counts its own calls on the host."""
+    calls = []
+
+    def field(params, t, x):
+        t = jax.pure_callback(lambda t: (calls.append(1), t)[1], jax.ShapeDtypeStruct((), x.dtype), t)
+        return jnp.sin(20 * t) * x
+
+    result = jax.jit(lambda x: flows.counted_transport(field, None, x, **options))(jnp.ones(3))
+    assert int(result.evaluations) == len(calls) > 1
+    np.testing.assert_array_equal(result.state, flows.transport(field, None, jnp.ones(3), **options))
