@@ -1,6 +1,7 @@
 """What every experiment does around its computation: command line, run folder, results, progress."""
 
 import csv
+import io
 import json
 import platform
 import shlex
@@ -16,25 +17,41 @@ import tyro
 from matplotlib.figure import Figure
 
 import fvjax
+from fvjax.checkpoints import CheckpointError, ConfigMismatchError, StateMismatchError
+from fvjax.data import DataError
 from fvjax.training import NonFiniteLossError, Progress
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")
 
 
+class SettingsError(ValueError):
+    """Options that do not fit the data or the machine, which is known only when the run has begun."""
+
+
 class RunFolder:
     """A new folder that receives the files of one run, each written whole or not at all."""
 
-    def __init__(self, path: Path) -> None:
-        """Creates the folder.
+    def __init__(self, path: Path, *, resume: bool = False) -> None:
+        """Creates the folder, or takes that of an earlier run to `resume`. Only the first process writes into it.
 
         Raises:
-            ValueError: if it exists and is not an empty folder.
+            ValueError: if it exists and is not an empty folder, or does not where there is a run to resume.
         """
-        if path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"--out must be a new or an empty folder, got {path}")
-        path.mkdir(parents=True, exist_ok=True)
         self.path = path
+        self._writes = jax.process_index() == 0
+        if resume and not path.is_dir():
+            raise ValueError(f"--out must be the folder of a run where --resume is given, got {path}")
+        if not self._writes:
+            return
+        if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
+            raise ValueError(f"--out must be a new or an empty folder (or a run's with --resume), got {path}")
+        path.mkdir(parents=True, exist_ok=True)
+
+    def remove_if_empty(self) -> None:
+        """Removes the folder if nothing has been written into it."""
+        if self._writes and not any(self.path.iterdir()):
+            self.path.rmdir()
 
     def write_json(self, name: str, content: Any) -> None:
         """Writes JSON; non-finite numbers as NaN and Infinity, which Python's json reads back."""
@@ -42,26 +59,34 @@ class RunFolder:
 
     def write_csv(self, name: str, rows: Sequence[Mapping[str, Any]]) -> None:
         """Writes rows as CSV; a key that a row lacks is left empty."""
-        partial = self.path / f".{name}.partial"
-        with partial.open("w", newline="") as stream:
-            writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
-            writer.writeheader()
-            writer.writerows(_plain(list(rows)))
-        partial.replace(self.path / name)
+        stream = io.StringIO(newline="")
+        writer = csv.DictWriter(stream, fieldnames=list(dict.fromkeys(key for row in rows for key in row)))
+        writer.writeheader()
+        writer.writerows(_plain(list(rows)))
+        self._write(name, stream.getvalue().encode())
 
-    def write_figure(self, name: str, figure: Figure, rows: Sequence[Mapping[str, Any]]) -> None:
-        """Writes a figure as PNG and PDF, and the numbers that it shows as CSV beside it."""
-        folder = RunFolder.__new__(RunFolder)
-        folder.path = self.path / "figures"
-        folder.path.mkdir(exist_ok=True)
+    def write_arrays(self, name: str, arrays: Mapping[str, np.ndarray]) -> None:
+        """Writes arrays as .npz."""
+        stream = io.BytesIO()
+        np.savez_compressed(stream, **arrays)  # type: ignore[arg-type]
+        self._write(name, stream.getvalue())
+
+    def write_figure(self, name: str, figure: Figure, rows: Sequence[Mapping[str, Any]] | None) -> None:
+        """Writes a figure as PNG and PDF, and the numbers that it shows, if it shows numbers, as CSV beside it."""
+        if not self._writes:
+            return
+        folder = RunFolder(self.path / "figures", resume=(self.path / "figures").is_dir())
         for ending in ("png", "pdf"):
             partial = folder.path / f".{name}.partial.{ending}"
             figure.savefig(partial, dpi=150, metadata={"CreationDate": None} if ending == "pdf" else None)
             partial.replace(folder.path / f"{name}.{ending}")
             figure.set_layout_engine("none")  # the layout is done, and the slowest part
-        folder.write_csv(f"{name}.csv", rows)
+        if rows is not None:
+            folder.write_csv(f"{name}.csv", rows)
 
     def _write(self, name: str, content: bytes) -> None:
+        if not self._writes:
+            return
         partial = self.path / f".{name}.partial"
         partial.write_bytes(content)
         partial.replace(self.path / name)
@@ -78,14 +103,14 @@ def _plain(value: Any) -> Any:
     return str(value) if isinstance(value, Path) else value
 
 
-def open_run(experiment: str, out: Path | None) -> RunFolder:
+def open_run(experiment: str, out: Path | None, *, resume: bool = False) -> RunFolder:
     """The folder `out`, or runs/<experiment>/<time> in the current directory.
 
     Raises:
-        ValueError: if it exists and is not an empty folder.
+        ValueError: if it exists and is not an empty folder, or does not where there is a run to resume.
     """
     stamp = f"{datetime.now():%Y%m%d-%H%M%S-%f}"
-    return RunFolder(out if out is not None else Path("runs") / experiment / stamp)
+    return RunFolder(out if out is not None else Path("runs") / experiment / stamp, resume=resume)
 
 
 def environment() -> dict[str, str]:
@@ -129,24 +154,33 @@ def _cell(value: Any, form: str) -> str:
 def command_line(
     config_type: type[Config], check: Callable[[Config], None], main: Callable[[Config, RunFolder], Any], name: str
 ) -> None:
-    """Parses, checks and runs: exit 2 with one line on bad input, exit 1 on a non-finite loss; then the folder's name.
+    """Parses, checks and runs; then prints the folder's name.
+
+    One line and exit 2 on bad input, one line and exit 1 on a loss that is not finite or a checkpoint that cannot be
+    written. A folder that is still empty then is removed.
 
     Args:
-        config_type: frozen dataclass with a field `out: Path | None`; its docstring is the help text.
+        config_type: frozen dataclass with a field `out: Path | None`, and `resume: bool` if runs can be resumed; its
+            docstring is the help text.
         check: raises ValueError on bad values.
-        main: the experiment.
+        main: the experiment; DataError, ConfigMismatchError and SettingsError in it count as bad input.
         name: of the experiment.
     """
     config = tyro.cli(config_type, prog=f"python -m experiments.{name}")
     try:
         check(config)
-        folder = open_run(name, config.out)  # type: ignore[attr-defined]
+        folder = open_run(name, config.out, resume=getattr(config, "resume", False))  # type: ignore[attr-defined]
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     try:
         main(config, folder)
-    except NonFiniteLossError as error:
+    except (DataError, ConfigMismatchError, StateMismatchError, SettingsError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        folder.remove_if_empty()
+        sys.exit(2)
+    except (NonFiniteLossError, CheckpointError) as error:
         print(f"error: {error}; what was finished is in {folder.path}", file=sys.stderr)
         sys.exit(1)
-    print(f"results: {folder.path}")
+    if jax.process_index() == 0:
+        print(f"results: {folder.path}")

@@ -20,6 +20,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
+import numpy as np
 
 from fvjax.types import Array
 
@@ -124,7 +125,7 @@ def _by_shifts(convolution: _Convolution, x: Array, kernel: Array, cotangent: Ar
         )
         return total + product, None
 
-    accumulator = jnp.zeros((width * inputs, height * outputs), jnp.promote_types(kernel.dtype, jnp.float32))
+    accumulator = jnp.zeros((width * inputs, height * outputs), np.promote_types(kernel.dtype, np.float32))
     blocks = x.reshape(-1, block, *x.shape[1:]), cotangent.reshape(-1, block, *cotangent.shape[1:])
     total = jax.lax.scan(of_block, accumulator, blocks)[0]
     return total.reshape(width, inputs, height, outputs).transpose(2, 0, 1, 3).astype(kernel.dtype)
@@ -140,7 +141,9 @@ def _recognised(equation: Any) -> _Convolution | None:
     ones = (1, 1)
     plain = (options["window_strides"], options["lhs_dilation"], options["rhs_dilation"]) == (ones, ones, ones)
     single = options["feature_group_count"] == options["batch_group_count"] == 1
-    real = x.dtype == kernel.dtype and jnp.issubdtype(x.dtype, jnp.floating)
+    # With sums in another dtype the image's gradient would be a convolution of two dtypes.
+    alike = x.dtype == kernel.dtype == equation.outvars[0].aval.dtype
+    real = alike and jnp.issubdtype(x.dtype, jnp.floating)
     if not (ordered and plain and single and real and math.prod(x.shape)):
         return None
     vertical, horizontal = ((int(low), int(high)) for low, high in options["padding"])

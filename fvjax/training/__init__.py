@@ -13,7 +13,9 @@ from fvjax.training._logs import MetricsLog as MetricsLog
 from fvjax.training._logs import Progress as Progress
 from fvjax.training._loop import NonFiniteLossError as NonFiniteLossError
 from fvjax.training._loop import fit as fit
+from fvjax.training._parallel import AXIS as AXIS
 from fvjax.training._parallel import initialize_distributed as initialize_distributed
+from fvjax.training._parallel import on_first_device as on_first_device
 from fvjax.training._parallel import parallelize as parallelize
 from fvjax.training._parallel import process_rows as process_rows
 from fvjax.training._step import TrainState as TrainState

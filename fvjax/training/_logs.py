@@ -49,8 +49,9 @@ class Progress:
 class MetricsLog:
     """Scalars by step: metrics.csv, and TensorBoard event files in tensorboard/ beside it.
 
-    A resumed run begins with what was written up to its step; later rows, of steps that were lost, are removed. Every
-    row is on disk when `write` returns. Only the first process of several writes.
+    A resumed run begins with what was written up to its step; later rows, of steps that were lost, are removed from
+    the CSV file and hidden by TensorBoard. When `write` returns the row is in the CSV file, also if the process is
+    killed then; the event file follows in the background. Only the first process of several writes.
     """
 
     def __init__(self, folder: Path, *, step: int = 0) -> None:
@@ -65,13 +66,17 @@ class MetricsLog:
         self._rewrite()
         from tensorboardX import SummaryWriter
 
-        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1 if step else None)
+        # tensorboardX names files by the second: two starts within one would write to the same file.
+        suffix = f".{time.time_ns()}"
+        self._board = SummaryWriter(str(folder / "tensorboard"), purge_step=step + 1, filename_suffix=suffix)
 
     def write(self, step: int, **values: float) -> None:
         """Adds one row; a new name adds a column."""
         if not self._active:
             return
         known = self._columns()
+        # As floats, so that the row of a resumed run, which was read from the file, is written with the same digits.
+        values = {name: float(value) for name, value in values.items()}
         self.rows.append({"step": step, **values})
         if self._columns() == known and len(self.rows) > 1:
             with self._path.open("a", newline="") as stream:

@@ -2,6 +2,7 @@
 
 import functools
 from collections.abc import Callable
+from contextlib import closing, nullcontext
 from typing import Any
 
 import jax
@@ -73,6 +74,7 @@ def fit(
         save: called with a state whose losses were finite, also at the end and when stopped; it must have copied what
             it keeps when it returns.
         stop: asked before every step, or before every compiled call; when it says yes the loop saves and returns early.
+            The state goes on as if nothing had been; the next mean of `on_log` is over the steps since the stop only.
         progress: label of a progress line with rate, remaining time and loss on stderr; None for none.
 
     Returns:
@@ -95,21 +97,19 @@ def fit(
     first = done = int(state.step)
     state = jax.tree.map(jnp.copy, state)
     losses: list[np.ndarray] = []
-    bar = None if progress is None else Progress(progress, steps, first)
     stopped = False
-    while done < steps and not stopped:
-        target = min((done // log_every + 1) * log_every, steps)
-        state, values, stopped = advance(state, done, target)
-        done += len(values)
-        losses.append(values)
-        if bar is not None and len(values):
-            bar.update(done, float(values.mean()))
-        if on_log is not None and not stopped:
-            on_log(state, float(values.mean()))
-        if save is not None and (done == steps or stopped or (save_every is not None and done % save_every == 0)):
-            save(state)
-    if bar is not None:
-        bar.close()
+    with nullcontext() if progress is None else closing(Progress(progress, steps, first)) as bar:
+        while done < steps and not stopped:
+            target = min((done // log_every + 1) * log_every, steps)
+            state, values, stopped = advance(state, done, target)
+            done += len(values)
+            losses.append(values)
+            if bar is not None and len(values):
+                bar.update(done, float(values.mean()))
+            if on_log is not None and not stopped:
+                on_log(state, float(values.mean()))
+            if save is not None and (done == steps or stopped or (save_every is not None and done % save_every == 0)):
+                save(state)
     return state, np.concatenate(losses) if losses else np.zeros(0, np.float32)
 
 

@@ -86,3 +86,8 @@ def initialize_distributed(
         if coordinator is None:
             raise ValueError(f"coordinator must be given where no cluster is detected, got None ({error})") from error
         raise
+
+
+def on_first_device(tree: Any) -> Any:
+    """Arrays that are the same on all devices, as arrays on this process's first device."""
+    return jax.tree.map(lambda x: x.addressable_data(0) if isinstance(x, jax.Array) else x, tree)

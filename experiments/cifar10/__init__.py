@@ -1,0 +1,1 @@
+"""Flow matching from noise to images: training, samples, distances and gradient variance."""
