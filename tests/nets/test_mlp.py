@@ -67,6 +67,22 @@ def test_the_network_is_the_documented_formula():
     np.testing.assert_allclose(model.apply(params, t, jnp.asarray(x)), dense("output", h), atol=1e-5)
 
 
+def test_dropout_is_active_with_a_key_only():
+    """Catches hidden random state, a key that is ignored, and dropout that moves the parameters."""
+    plain, model = (fvjax.nets.mlp(2, width=8, dropout=rate) for rate in (0.0, 0.5))
+    params = model.init(jax.random.key(0))
+    chex.assert_trees_all_equal(params, plain.init(jax.random.key(0)))
+    x = jnp.asarray([0.5, -2.0])
+    one, two = jax.random.split(jax.random.key(1))
+    kept = plain.apply(params, 0.3, x)
+    np.testing.assert_array_equal(model.apply(params, 0.3, x), kept)
+    np.testing.assert_array_equal(plain.apply(params, 0.3, x, key=one), kept)
+    dropped = model.apply(params, 0.3, x, key=one)
+    np.testing.assert_array_equal(model.apply(params, 0.3, x, key=one), dropped)
+    assert np.any(dropped != kept)
+    assert np.any(dropped != model.apply(params, 0.3, x, key=two))
+
+
 def test_the_ends_of_time_differ():
     """Catches whole periods, with which t = 0 and t = 1 would be the same to the network."""
     ends = np.stack([time_embedding(t, 8) for t in (0.0, 0.5, 1.0)])
@@ -129,6 +145,7 @@ def test_a_short_training_learns_a_rotation():
         (2, {"depth": 0}, "depth must be an integer >= 1, got 0"),
         (2, {"time_features": 7}, "time_features must be an even integer >= 2, got 7"),
         (2, {"time_features": 0}, "time_features must be an even integer >= 2, got 0"),
+        (2, {"dropout": 1.0}, r"dropout must be in \[0, 1\), got 1.0"),
     ],
 )
 def test_refused_sizes(dims, options, message):
