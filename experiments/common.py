@@ -45,7 +45,7 @@ class RunFolder:
         if not self._writes:
             return
         if not resume and path.exists() and (not path.is_dir() or any(path.iterdir())):
-            raise ValueError(f"--out must be a new or an empty folder (or a run's with --resume), got {path}")
+            raise ValueError(f"--out must be a new or an empty folder, got {path}")
         path.mkdir(parents=True, exist_ok=True)
 
     def remove_if_empty(self) -> None:

@@ -278,7 +278,7 @@ def image_grid(images: np.ndarray, *, title: str, columns: int = 10) -> Figure:
     spaced = np.pad(padded, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
     tiled = spaced.reshape(rows, columns, height + 1, width + 1, channels).transpose(0, 2, 1, 3, 4)
     whole = tiled.reshape(rows * (height + 1), columns * (width + 1), channels)
-    figure = Figure(figsize=(6, 6 * whole.shape[0] / whole.shape[1] + 0.4), layout="constrained")
+    figure = Figure(figsize=(6, 6 * whole.shape[0] / whole.shape[1] + 0.15), layout="constrained")
     axes = figure.subplots()
     axes.imshow(whole.squeeze(-1) if channels == 1 else whole, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
     axes.set_axis_off()
@@ -288,7 +288,7 @@ def image_grid(images: np.ndarray, *, title: str, columns: int = 10) -> Figure:
 
 def image_training(rows: Sequence[Row], *, title: str) -> Figure:
     """Loss, total gradient variance by time bin, and gradient noise scale while a network trains."""
-    figure = Figure(figsize=(11, 3.4), layout="constrained")
+    figure = Figure(figsize=(11, 3.8), layout="constrained")
     loss, variance, noise = figure.subplots(1, 3, sharex=True)
     steps = _column(rows, "step")
     loss.plot(steps, _column(rows, "loss"), color=BLUE)
@@ -299,7 +299,7 @@ def image_training(rows: Sequence[Row], *, title: str) -> Figure:
         label = f"t in [{k / len(names):g}, {(k + 1) / len(names):g})"
         variance.plot(steps, _column(rows, name), color=color, lw=1, label=label)
     variance.set_ylabel("total gradient variance")
-    variance.legend(frameon=False, fontsize=8)
+    figure.legend(*variance.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
     noise.plot(steps, _column(rows, "gradient_noise_scale"), color=PURPLE)
     noise.set_ylabel("gradient noise scale [examples]")
     for axes in (loss, variance, noise):

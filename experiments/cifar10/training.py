@@ -107,7 +107,10 @@ def train(
     """
     optimizer = optimizer_of(settings)
     state_key, probe_key = jax.random.split(jax.random.key(settings.seed))
-    state = jax.jit(lambda key: training.init_state(key, model, optimizer))(state_key)
+
+    def first_state(key: Key) -> training.TrainState:
+        return training.init_state(key, model, optimizer)
+
     probe = probe_paths(settings, images.train[: settings.probes], probe_key)
     step = training.parallelize(
         training.make_train_step(
@@ -125,7 +128,7 @@ def train(
     )
     kept = Checkpoints(folder / "checkpoints", config=asdict(settings), keep_every=5 * settings.save_every)
     with kept as checkpoints, stop_on_sigterm() as stop:
-        state = checkpoints.restore(state) or state
+        state = checkpoints.restore(jax.eval_shape(first_state, state_key)) or _compiled_quickly(first_state)(state_key)
         with training.MetricsLog(folder, step=int(state.step)) as log:
 
             def on_log(state: training.TrainState, loss: float) -> None:
@@ -145,6 +148,12 @@ def train(
                 progress="training",
             )
             return training.on_first_device(state), log.rows
+
+
+def _compiled_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that runs once: the draws of a U-Net's parameters take 20 s to compile with all optimizations."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick)
 
 
 def _now_and_then(stop: Callable[[], bool]) -> Callable[[], bool]:
