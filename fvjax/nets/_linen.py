@@ -59,6 +59,26 @@ def attention(q: Array, k: Array, v: Array) -> Array:
     return jnp.einsum("hts,shd->thd", weights, v).reshape(q.shape[0], -1)
 
 
+class Dropout(nn.Module):
+    """Sets entries to 0 with probability `rate` and scales the others, so that the mean stays; unless deterministic.
+
+    Two entries share one 32-bit random number, which on a CPU is what dropout costs: flax's own takes twice as long.
+    So the rate is rounded to a multiple of 2^-16, for the draw and for the scale alike.
+    """
+
+    rate: float
+    deterministic: bool
+
+    def __call__(self, x: Array) -> Array:
+        """Dropout of an array of any shape, by the random stream "dropout"."""
+        if self.deterministic or self.rate == 0:
+            return x
+        kept = min(max(round((1 - self.rate) * 2**16), 1), 2**16 - 1)
+        words = jax.random.bits(self.make_rng("dropout"), (-(-x.size // 2),), jnp.uint32)
+        draws = jax.lax.bitcast_convert_type(words, jnp.uint16).reshape(-1)[: x.size].reshape(x.shape)
+        return jnp.where(draws < kept, x * jnp.asarray(2**16 / kept, x.dtype), jnp.zeros((), x.dtype))
+
+
 def check_dropout(dropout: float) -> None:
     """Refuses a rate of dropout outside [0, 1)."""
     if not 0 <= dropout < 1:

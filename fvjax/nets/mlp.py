@@ -40,7 +40,7 @@ class _ResidualMLP(nn.Module):
         for block in range(self.depth):
             # Not h + W silu(h): on rotated Gaussian pairs that left twice the loss after the same steps (three seeds).
             change = nn.silu(nn.Dense(self.width, name=f"block_{block}")(h))
-            h = h + nn.Dropout(self.dropout, deterministic=deterministic)(change)
+            h = h + _linen.Dropout(self.dropout, deterministic)(change)
         return nn.Dense(x.size, name="output")(h).reshape(x.shape)
 
 

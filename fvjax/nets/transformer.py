@@ -54,10 +54,10 @@ class _Block(nn.Module):
         shift_1, scale_1, gate_1, shift_2, scale_2, gate_2 = parts
         h = _dense(_modulated(x, shift_1, scale_1), 3 * width, "qkv").reshape(tokens, 3, self.heads, -1)
         h = _dense(_linen.attention(h[:, 0], h[:, 1], h[:, 2]), width, "projection")
-        x = x + gate_1 * nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        x = x + gate_1 * _linen.Dropout(self.dropout, deterministic)(h)
         h = nn.gelu(_dense(_modulated(x, shift_2, scale_2), MLP_RATIO * width, "mlp_in"))
         h = _dense(h, width, "mlp_out")
-        return x + gate_2 * nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        return x + gate_2 * _linen.Dropout(self.dropout, deterministic)(h)
 
 
 class _Transformer(nn.Module):

@@ -141,7 +141,7 @@ class _Residual(nn.Module):
         h = _conv(nn.silu(_GroupNorm(self.groups, name="norm_in")(x)), self.channels, "conv_in")
         h = h + _dense(embedding, self.channels, "time")
         h = nn.silu(_GroupNorm(self.groups, name="norm_out")(h))
-        h = nn.Dropout(self.dropout, deterministic=deterministic)(h)
+        h = _linen.Dropout(self.dropout, deterministic)(h)
         h = _conv(h, self.channels, "conv_out", zero=True)
         return h + (x if x.shape[-1] == self.channels else _conv(x, self.channels, "skip", size=1))
 

@@ -8,6 +8,7 @@ import optax
 import pytest
 
 import fvjax.nets
+from fvjax.nets import _linen
 from fvjax.nets.mlp import time_embedding
 
 
@@ -152,3 +153,18 @@ def test_refused_sizes(dims, options, message):
     """Catches a size that would only fail inside Flax, or an odd number of time features rounded down in silence."""
     with pytest.raises(ValueError, match=f"^{message}"):
         fvjax.nets.mlp(dims, **options)
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.9])
+def test_dropout_keeps_the_mean_and_drops_at_its_rate(rate):
+    """Catches a threshold of another number of bits, a wrong scale, and two entries that share their random bits."""
+    layer = _linen.Dropout(rate, False)
+    x = jnp.ones((501, 401))  # odd: the last random number serves one entry only
+    y = np.asarray(layer.apply({}, x, rngs={"dropout": jax.random.key(3)}))
+    dropped = y == 0
+    error = np.sqrt(rate * (1 - rate) / x.size)
+    assert abs(dropped.mean() - rate) < 4 * error
+    assert abs(y.mean() - 1) < 4 * error / (1 - rate)
+    flat = dropped.ravel()[:-1]
+    both = (flat[::2] & flat[1::2]).mean()
+    assert abs(both - rate**2) < 4 * np.sqrt(rate**2 * (1 - rate**2) / (x.size / 2))
