@@ -3,6 +3,8 @@
 from typing import Any
 
 import jax
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from fvjax import _validate
 from fvjax.training._step import TrainState, TrainStep
@@ -19,6 +21,7 @@ class _Parallel:
 
     def __init__(self, step: TrainStep, devices: list[Any] | None) -> None:
         self._local = [d for d in devices or jax.devices() if d.process_index == jax.process_index()]
+        self._everywhere = NamedSharding(Mesh(np.array(self._local), AXIS), PartitionSpec())
         self._step = jax.pmap(step, axis_name=AXIS, in_axes=(None, 0), out_axes=None, donate_argnums=0, devices=devices)
 
     def __call__(self, state: TrainState, batch: Any) -> tuple[TrainState, Array]:
@@ -26,6 +29,10 @@ class _Parallel:
         n = _validate.batch("batch", batch)
         if n % count:
             raise ValueError(f"batch must divide evenly among the {count} devices of this process, got {n} examples")
+        if getattr(state.step, "sharding", None) != self._everywhere:
+            # The first state lies on one device. Handed over like that, it would have the step compiled twice: for it
+            # and for its successors.
+            state = jax.device_put(state, self._everywhere)
         state, loss = self._step(state, jax.tree.map(lambda x: x.reshape(count, n // count, *x.shape[1:]), batch))
         return state, loss
 
@@ -76,13 +83,14 @@ def initialize_distributed(
 
     Raises:
         ValueError: if only some of the three are given, or no cluster is detected.
+        RuntimeError: if it is too late: a device was touched before, or the processes were joined already.
     """
     given = (coordinator, processes, process_id)
     if any(v is None for v in given) and any(v is not None for v in given):
         raise ValueError(f"coordinator, processes and process_id must be given together, got {given}")
     try:
         jax.distributed.initialize(coordinator, processes, process_id)
-    except (ValueError, RuntimeError) as error:
+    except ValueError as error:
         if coordinator is None:
             raise ValueError(f"coordinator must be given where no cluster is detected, got None ({error})") from error
         raise
