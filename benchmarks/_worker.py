@@ -1,8 +1,8 @@
-"""One contender in a process of its own: built once, then one timed call for every line on standard input.
+"""A contender in a process of its own (_processes.py starts it): built once, then one answer for every line on stdin.
 
 A process of its own keeps its allocator, its threads and its peak of resident memory to itself. The first line that it
-prints has the facts that do not change (value, memory, compilation), every further line the seconds of one call. What
-goes wrong ends the process; the last line of its traceback is the message.
+prints has the facts that do not change (value, memory, compilation), every further line what was measured. What goes
+wrong ends the process; the last line of its traceback is the message.
 """
 
 import ctypes
@@ -11,9 +11,10 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TextIO
 
 WARM = 1.0
 """Calls below this many seconds are made twice a round, and the second is timed: caches and threads are awake then."""
@@ -63,11 +64,50 @@ def called(contender: Contender) -> Call:
     return Call(seconds, peak, value)
 
 
-def serve(build: Callable[[str, Path], Contender]) -> None:
-    """Command line of a worker: NAME FILE, the contender's name and the problem's arrays."""
-    name, file = sys.argv[1:]
+def timed(call: Callable[[], Any]) -> float:
+    """Seconds of one call; of a second one where the first is short."""
+    for _ in range(2):
+        start = time.perf_counter()
+        call()
+        seconds = time.perf_counter() - start
+        if seconds >= WARM:
+            break
+    return seconds
+
+
+def started(step: Callable[[], Any], base: int) -> dict[str, float]:
+    """Makes the first three steps of a training, and gives what they cost.
+
+    Args:
+        step: one training step, until its result is there.
+        base: resident bytes when the imports were done.
+
+    Returns:
+        `first_seconds`, of the first step with its compilation; `first_bytes`, the peak up to the second step above
+        `base`; `step_bytes`, the peak of the third step above `base`: what a long run takes.
+    """
+    start = time.perf_counter()
+    step()
+    seconds = time.perf_counter() - start
+    step()
+    first = resident("VmHWM")
+    reset_peak()
+    step()
+    return {"first_seconds": seconds, "first_bytes": first - base, "step_bytes": resident("VmHWM") - base}
+
+
+@contextmanager
+def answers() -> Iterator[TextIO]:
+    """Standard output; what a library prints must not be taken for an answer and goes to standard error."""
     with os.fdopen(os.dup(1), "w", buffering=1, encoding="utf-8") as channel:
-        os.dup2(2, 1)  # what a library prints must not be taken for an answer
+        os.dup2(2, 1)
+        yield channel
+
+
+def serve(build: Callable[[str, Path], Contender]) -> None:
+    """Command line of a worker that makes one call: NAME FILE, the contender's name and the problem's arrays."""
+    name, file = sys.argv[1:]
+    with answers() as channel:
         contender = build(name, Path(file))
         called(contender)  # whatever is made on the first call only is made here
         base = reset_peak()
@@ -79,3 +119,16 @@ def serve(build: Callable[[str, Path], Contender]) -> None:
                 called(contender)
             call = called(contender)
             print(json.dumps(call.seconds), file=channel)
+
+
+def serve_parts(build: Callable[[str, dict[str, Any]], tuple[dict[str, Any], Callable[[str], Any]]]) -> None:
+    """Command line of a worker that measures what each line asks for: NAME SETTINGS, the latter as JSON.
+
+    `build(name, settings)` gives the facts, and the function from a request to what was measured.
+    """
+    name, settings = sys.argv[1:]
+    with answers() as channel:
+        facts, measured = build(name, json.loads(settings))
+        print(json.dumps(facts), file=channel)
+        for line in sys.stdin:
+            print(json.dumps(measured(line.strip())), file=channel)

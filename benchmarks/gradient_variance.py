@@ -26,14 +26,11 @@ A peer that is not installed, or does not cover a layer, gives a row that says s
 
 import json
 import os
-import platform
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
@@ -41,6 +38,7 @@ from typing import Any, NamedTuple
 import matplotlib as mpl
 import numpy as np
 import tyro
+from _processes import COLORS, Process, environment, process
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
@@ -55,7 +53,6 @@ KEEP = {
     "MALLOC_TRIM_THRESHOLD_": "4000000000",
     "MALLOC_TOP_PAD_": "500000000",
 }
-COLORS = {"fvjax": "#0072B2", "jax": "#666666", "torch": "#E69F00"}  # Okabe & Ito 2008
 
 
 class Kind(NamedTuple):
@@ -131,31 +128,16 @@ def check(options: Options) -> None:
 
 
 class Worker:
-    """One contender in its process: the facts that it states at once, and the seconds of its rounds so far."""
+    """One contender in its process, and the seconds of its rounds so far."""
 
-    def __init__(self, process: subprocess.Popen[str], log: Path) -> None:
+    def __init__(self, process: Process) -> None:
         self.process = process
-        self.log = log
         self.seconds: list[float] = []
-        self.error: str | None = None
-        self.facts: dict[str, float] = self._answer() or {}
 
     def measure(self) -> None:
         """One more round, unless the process has ended."""
-        if self.error is None and self.process.stdin is not None:
-            self.process.stdin.write("\n")
-            self.process.stdin.flush()
-            seconds = self._answer()
-            self.seconds += [] if seconds is None else [seconds]
-
-    def _answer(self) -> Any:
-        line = self.process.stdout.readline() if self.process.stdout else ""
-        if line:
-            return json.loads(line)
-        code = self.process.wait()
-        last = self.log.read_text(encoding="utf-8").strip().splitlines()[-1:]
-        self.error = f"killed by signal {-code}" if code < 0 or not last else last[0]
-        return None
+        seconds = self.process.ask()
+        self.seconds += [] if seconds is None else [seconds]
 
 
 @contextmanager
@@ -163,19 +145,9 @@ def worker(kind: Kind, file: Path, keep_memory: bool) -> Iterator[Worker]:
     """Starts a contender and waits until it is built; ends its process at last."""
     program = HERE / {"jax": "_jax_contenders.py", "torch": "_torch_peers.py"}[kind.framework]
     log = file.with_name(f"{kind.key}.log")
-    with (
-        log.open("w", encoding="utf-8") as errors,
-        subprocess.Popen(
-            [sys.executable, str(program), kind.name, str(file)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=errors,
-            text=True,
-            env=os.environ | (KEEP if keep_memory else {}),
-        ) as process,
-    ):
+    with process(program, [kind.name, str(file)], log, variables=KEEP if keep_memory else {}) as running:
         print(f"  {kind.label}", file=sys.stderr, flush=True)
-        yield Worker(process, log)
+        yield Worker(running)
 
 
 def measure(model: str, options: Options) -> list[dict[str, Any]]:
@@ -206,10 +178,15 @@ def measure(model: str, options: Options) -> list[dict[str, Any]]:
 
 def row(kind: Kind, one: Worker, plain: Worker, reference: float) -> dict[str, Any]:
     """One contender: medians, and ratios to the plain gradient of its framework."""
-    found: dict[str, Any] = {"contender": kind.key, "label": kind.label, "quantity": kind.quantity, "error": one.error}
-    if one.error is not None or not one.seconds:
+    found: dict[str, Any] = {
+        "contender": kind.key,
+        "label": kind.label,
+        "quantity": kind.quantity,
+        "error": one.process.error,
+    }
+    if one.process.error is not None or not one.seconds:
         return found
-    facts = one.facts
+    facts = one.process.facts
     seconds = statistics.median(one.seconds)
     found |= facts | {
         "reference": reference,
@@ -217,9 +194,9 @@ def row(kind: Kind, one: Worker, plain: Worker, reference: float) -> dict[str, A
         "seconds": seconds,
         "seconds_of_rounds": one.seconds,
     }
-    if plain.error is None:
+    if plain.process.error is None:
         found["time_ratio"] = seconds / statistics.median(plain.seconds)
-        found["memory_ratio"] = facts["resident_bytes"] / plain.facts["resident_bytes"]
+        found["memory_ratio"] = facts["resident_bytes"] / plain.process.facts["resident_bytes"]
     return found
 
 
@@ -282,29 +259,6 @@ def figure_of(rows: Sequence[dict[str, Any]]) -> Figure:
     return figure
 
 
-def environment(options: Options) -> dict[str, Any]:
-    """What the numbers depend on."""
-
-    def found(package: str) -> str | None:
-        try:
-            return version(package)
-        except PackageNotFoundError:
-            return None
-
-    return {
-        "rounds": options.rounds,
-        "keep_memory": options.keep_memory,
-        "omp_wait_policy": os.environ.get("OMP_WAIT_POLICY"),
-        "threads": len(os.sched_getaffinity(0)),
-        "cores": os.cpu_count(),
-        "machine": platform.machine(),
-        "system": platform.system(),
-        "libc": " ".join(platform.libc_ver()),
-        "python": platform.python_version(),
-        "packages": {package: found(package) for package in PACKAGES},
-    }
-
-
 def main() -> None:
     """Command line: exits 2 on bad input."""
     options = tyro.cli(Options)
@@ -320,7 +274,8 @@ def main() -> None:
     folder = HERE.parent / "docs" / "figures" if options.docs else options.out
     if folder is not None:
         folder.mkdir(parents=True, exist_ok=True)
-        result = {**environment(options), "rows": rows}
+        about = {"rounds": options.rounds, "keep_memory": options.keep_memory}
+        result = {**about, **environment(PACKAGES), "rows": rows}
         path = folder / "gradient_variance.json"
         path.write_text(f"{json.dumps(result, indent=2)}\n", encoding="utf-8")
         figure_of(rows).savefig(folder / "gradient_variance.png", dpi=150)

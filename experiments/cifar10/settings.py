@@ -76,7 +76,7 @@ CPU: dict[str, Any] = {
         "head_channels": None,
         "dropout": 0.0,
     },
-    "steps": 3000,
+    "steps": 2000,
     "batch": 64,
     "learning_rate": 1e-3,
     "warmup": 200,
