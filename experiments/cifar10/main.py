@@ -11,7 +11,7 @@ import tyro
 
 from experiments import plots
 from experiments.cifar10 import evaluation
-from experiments.cifar10.settings import CPU, PAPER, SMOKE, Settings, find_data
+from experiments.cifar10.settings import CPU, CPU_LARGE, LARGE, PAPER, SMOKE, Settings, find_data
 from experiments.cifar10.training import train
 from experiments.common import RunFolder, SettingsError, environment, table
 from fvjax import _validate, data, training
@@ -121,6 +121,8 @@ def settings_of(config: Config, preset: str, images: data.Images) -> Settings:
         SettingsError: if the parts do not fit each other.
     """
     values = dict(PAPER if preset == "paper" else CPU)
+    if preset == "cpu" and images.train.shape[1] * images.train.shape[2] > LARGE:
+        values |= CPU_LARGE
     if config.smoke:
         values |= SMOKE
     for name in ("steps", "batch", "learning_rate", "samples", "log_every", "save_every"):

@@ -89,6 +89,10 @@ CPU: dict[str, Any] = {
 }
 """Minutes on 2 cores at 8 x 8 pixels."""
 
+CPU_LARGE: dict[str, Any] = {"batch": 16, "samples": 200}
+"""Instead, for images of more than LARGE pixels: still minutes at 32 x 32."""
+LARGE = 256
+
 SMOKE: dict[str, Any] = {
     "network": {
         "channels": 8,

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from experiments.cifar10 import settings as presets
+from experiments.cifar10 import training
 from experiments.cifar10.main import Config, check, settings_of
 from experiments.common import SettingsError
 from fvjax import data, nets
@@ -154,6 +155,31 @@ def test_the_command_line_wins_over_the_preset():
     assert found.coupling == "fixed"
     assert not found.flip
     assert presets.PAPER["network"]["channels"] == 128  # the preset itself is untouched
+
+
+def test_fixed_pairs_keep_their_noise_for_the_whole_run():
+    """Catches noise that is drawn anew: an image meets the same x0 in every epoch, and no two images share one."""
+    settings = settings_of(Config(coupling="fixed", batch=64), "cpu", DIGITS)
+    few = DIGITS.train[:80]
+    stream = training.batches(settings, few, slice(None))
+    seen = {}
+    for step in range(4):  # more than three epochs of 80 images
+        x0, x1 = stream(step)
+        for noise, image in zip(x0, x1, strict=True):
+            seen.setdefault(image.tobytes(), set()).add(noise.tobytes())
+    assert len(seen) == 80
+    assert all(len(noises) == 1 for noises in seen.values())
+    assert len(set.union(*seen.values())) == 80
+    part = training.batches(settings, few, slice(16, 32))(2)
+    np.testing.assert_array_equal(part.x0, stream(2).x0[16:32])
+
+
+def test_large_images_get_smaller_batches_on_a_cpu():
+    """Catches hours instead of minutes for a user's array of 32 x 32 pixels."""
+    large = DIGITS._replace(train=np.zeros((40, 32, 32, 3), np.uint8), test=np.zeros((4, 32, 32, 3), np.uint8))
+    assert settings_of(Config(), "cpu", large).batch < settings_of(Config(), "cpu", DIGITS).batch
+    assert settings_of(Config(batch=64), "cpu", large).batch == 64
+    assert settings_of(Config(batch=128), "paper", large).samples == presets.PAPER["samples"]
 
 
 def test_the_paper_preset_is_the_papers():

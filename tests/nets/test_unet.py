@@ -31,25 +31,6 @@ def compiled(function: Any) -> Any:
 APPLY = compiled(MODEL.apply)
 
 
-@pytest.fixture(scope="module")
-def params() -> Any:
-    """Random ones; none keeps its initial zero, so that every layer matters. No initialisation is compiled."""
-    generator = np.random.default_rng(7)
-
-    def one(aval: Any) -> Any:
-        return jnp.asarray(generator.normal(size=aval.shape) / np.sqrt(max(1, np.prod(aval.shape[:-1]))), aval.dtype)
-
-    return jax.tree.map(one, jax.eval_shape(MODEL.init, jax.random.key(0)))
-
-
-@pytest.fixture(scope="module")
-def batch() -> fvjax.PathSample:
-    """Times and images."""
-    x = np.random.default_rng(1).normal(size=(N, *DIMS))
-    x = jnp.asarray(x, jnp.float32)
-    return fvjax.PathSample(jnp.asarray([0.0, 0.5, 1.0], jnp.float32), x, 2 * x)
-
-
 def test_cifar_setting_has_the_published_number_of_parameters() -> None:
     """Catches a layer too many or too few in the network of the published CIFAR-10 results."""
     model = nets.unet((32, 32, 3), dropout=0.1)
