@@ -47,7 +47,8 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Samples from N(0, I) carried along the flow, as uint8, and the evaluations that each took.
 
-    Sample i depends on (key, i) alone. Processes and devices share the work; all processes get all samples.
+    A flow trained with sigma > 0 starts from the same N(0, I): no noise is added to x0. Sample i depends on (key, i)
+    alone. Processes and devices share the work; all processes get all samples.
 
     Args:
         settings: of the run.
