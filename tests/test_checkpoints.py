@@ -255,6 +255,15 @@ def test_a_leaf_that_is_no_array_is_refused(tmp_path, leaf):
         assert checkpoints.steps() == []
 
 
+@pytest.fixture
+def interruptible():
+    """Python's own handler of SIGINT: a shell gives the programs that it runs in the background none."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_a_signal_sets_a_flag_and_the_handlers_come_back():
     """Catches a run that dies on the scheduler's SIGTERM, or a Ctrl-C that can never end it."""
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]

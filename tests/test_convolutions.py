@@ -137,10 +137,11 @@ def test_the_length_of_the_sum_decides(monkeypatch):
     shifts = _convolutions._by_shifts
     monkeypatch.setattr(_convolutions, "_by_shifts", lambda *a: seen.append(a[1].shape) or shifts(*a))
     kernel = jnp.ones((3, 3, 1, 1))
-    for count in (8, 9):  # 8 x 16 x 16 = 2048
+    longest = _convolutions.LONGEST_SUM // (16 * 16)
+    for count in (longest, longest + 1):
         x = jnp.ones((count, 16, 16, 1))
         jax.eval_shape(jax.grad(lambda k, x=x: jnp.sum(refined(convolve)(x, k))), kernel)
-    assert seen == [(9, 16, 16, 1)]
+    assert seen == [(longest + 1, 16, 16, 1)]
 
 
 @settings(max_examples=8)

@@ -120,7 +120,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(tmp_path):
     ("options", "message"),
     [
         ({"steps": 0}, "--steps must be an integer >= 1, got 0"),
-        ({"sigma": -0.1}, "--sigma must be >= 0, got -0.1"),
+        ({"sigma": -0.1}, "--sigma must be >= 0 and finite, got -0.1"),
         ({"sigma": float("nan")}, "--sigma must be"),
         ({"rounds": 2}, r"--rounds must be 1 \(ReFlow rounds are not implemented yet\), got 2"),
         ({"samples": 1}, "--samples must be >= 2, got 1"),
