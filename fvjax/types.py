@@ -69,7 +69,10 @@ Coupling = Callable[[Key, Array, Array], Pair]
 
 
 class Model(NamedTuple):
-    """A network as two pure functions: `init(key) -> params` and the velocity field `apply(params, t, x)`."""
+    """A network as two pure functions: `init(key) -> params` and the velocity field `apply(params, t, x)`.
+
+    Networks with dropout also take `apply(params, t, x, key=key)`, and drop out then only.
+    """
 
     init: Callable[[Key], Params]
-    apply: VelocityField
+    apply: Callable[..., Array]
