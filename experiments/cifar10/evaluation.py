@@ -1,6 +1,8 @@
 """What a trained flow makes: its loss, samples by several solvers, and their distances to both splits."""
 
 import functools
+from collections import deque
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -30,9 +32,11 @@ def _losses(field: Any, params: Params, paths: PathSample) -> Array:
     return jax.lax.map(lambda path: loss(params, path), paths, batch_size=CHUNK)
 
 
-def final_loss(settings: Settings, field: VelocityField, params: Params, images: np.ndarray, *, key: Key) -> float:
-    """Mean loss over images of one split, without dropout."""
-    paths = probe_paths(settings, images[:LOSS_IMAGES], key)
+def final_loss(
+    settings: Settings, field: VelocityField, params: Params, images: np.ndarray, *, key: Key, held_out: bool
+) -> float:
+    """Mean loss over images of the training split, or of the other one (`held_out`), without dropout."""
+    paths = probe_paths(settings, images[:LOSS_IMAGES], key, held_out=held_out)
     return float(np.mean(np.asarray(_losses(field, params, paths), np.float64)))
 
 
@@ -68,13 +72,21 @@ def generate(
     first = jax.process_index() * share
     starts = range(first, first + share, CHUNK)
     label = f"sampling, {options['solver']} {options.get('steps', '')}".rstrip()
-    parts = []
+    running: deque[flows.Counted] = deque()
+    parts: list[tuple[np.ndarray, np.ndarray]] = []
+
+    def collect() -> None:
+        done = running.popleft()
+        parts.append((data.to_uint8(done.state), np.asarray(done.evaluations)))
+
     for i, start in enumerate(progress(starts, label, len(starts))):
-        device = devices[i % len(devices)]
         keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(start + jnp.arange(CHUNK))
-        parts.append(sampler(copies[i % len(devices)], jax.device_put(keys, device)))
-    images = np.concatenate([data.to_uint8(part.state) for part in parts])[:share]
-    counts = np.concatenate([np.asarray(part.evaluations) for part in parts])[:share]
+        running.append(sampler(copies[i % len(devices)], jax.device_put(keys, devices[i % len(devices)])))
+        if len(running) > len(devices):  # all devices have work; the memory of the finished chunks is freed
+            collect()
+    while running:
+        collect()
+    images, counts = (np.concatenate(arrays)[:share] for arrays in zip(*parts, strict=True))
     if jax.process_count() > 1:
         images, counts = (multihost_utils.process_allgather(x, tiled=True) for x in (images, counts))
     return images[: settings.samples], counts[: settings.samples]
@@ -87,15 +99,28 @@ def moments_of(features: data.features.Features, images: np.ndarray) -> metrics.
 
 
 def compared(
-    settings: Settings, field: VelocityField, params: Params, images: data.Images, *, features: Any, key: Key
+    settings: Settings,
+    field: VelocityField,
+    params: Params,
+    known: Mapping[str, metrics.FeatureMoments],
+    *,
+    features: data.features.Features,
+    key: Key,
 ) -> tuple[list[Row], dict[str, np.ndarray]]:
     """Samples by every solver, with their evaluations and distances to both splits.
+
+    Args:
+        settings: of the run.
+        field: the network.
+        params: its parameters.
+        known: moments of the features of "train" and "test".
+        features: what the distances are between.
+        key: of the sources.
 
     Returns:
         One row a solver {solver, steps, tolerance, nfe, nfe_max, distance_train, distance_test}, nfe the mean over the
         samples; and the samples, uint8 [n, h, w, c] by name of the solver.
     """
-    known = {split: moments_of(features, getattr(images, split)) for split in ("train", "test")}
     rows, drawn = [], {}
     for options in solvers(settings):
         samples, counts = generate(settings, field, params, options, key=key)
@@ -107,8 +132,3 @@ def compared(
         row |= {f"distance_{split}": metrics.frechet_distance(found, moments) for split, moments in known.items()}
         rows.append(row)
     return rows, drawn
-
-
-def distance_floor(features: Any, images: data.Images) -> float:
-    """The distance between the two splits themselves: what samples as good as held-out images have."""
-    return metrics.frechet_distance(*(moments_of(features, split) for split in (images.train, images.test)))

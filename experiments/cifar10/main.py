@@ -14,7 +14,7 @@ from experiments.cifar10 import evaluation
 from experiments.cifar10.settings import CPU, CPU_LARGE, LARGE, PAPER, SMOKE, Settings, find_data
 from experiments.cifar10.training import train
 from experiments.common import RunFolder, SettingsError, environment, table
-from fvjax import _validate, data, training
+from fvjax import _validate, data, metrics, training
 
 GRID = 100
 """Samples that the grid shows; 256 of each solver are kept."""
@@ -208,10 +208,11 @@ def _results(
     key, field, params = jax.random.key(settings.seed), model.apply, state.ema_params
     loss_key, sample_key = (jax.random.fold_in(key, i) for i in (10, 11))
     losses = {
-        name: evaluation.final_loss(settings, field, params, split, key=loss_key)
+        name: evaluation.final_loss(settings, field, params, split, key=loss_key, held_out=name != "loss")
         for name, split in (("loss", images.train), ("loss_test", images.test))
     }
-    rows, drawn = evaluation.compared(settings, field, params, images, features=features, key=sample_key)
+    known = {split: evaluation.moments_of(features, getattr(images, split)) for split in ("train", "test")}
+    rows, drawn = evaluation.compared(settings, field, params, known, features=features, key=sample_key)
     folder.write_arrays("samples.npz", {name: samples[:KEPT] for name, samples in drawn.items()})
     for name, samples in drawn.items():
         title = f"{images.name}: {settings.steps} steps, sigma = {settings.sigma:g}, {name.replace('_', ' ')}"
@@ -221,7 +222,7 @@ def _results(
         **losses,
         "distance_train": first["distance_train"],
         "distance_test": first["distance_test"],
-        "distance_floor": evaluation.distance_floor(features, images),
+        "distance_floor": metrics.frechet_distance(known["train"], known["test"]),
         "features": features.name,
         "nfe": first["nfe"],
         "steps": int(state.step),

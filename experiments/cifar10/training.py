@@ -65,12 +65,19 @@ def batches(settings: Settings, images: np.ndarray, rows: slice) -> Callable[[in
     return pairs_of if settings.coupling == "fixed" else images_of
 
 
-def probe_paths(settings: Settings, images: np.ndarray, key: Key) -> PathSample:
-    """The examples at which loss and gradient variance are measured: coupled within this set, times drawn."""
+def probe_paths(settings: Settings, images: np.ndarray, key: Key, *, held_out: bool = False) -> PathSample:
+    """The examples at which loss and gradient variance are measured: coupled within this set, times drawn.
+
+    Args:
+        settings: of the run.
+        images: the first ones of a split.
+        key: of source, coupling, times and noise.
+        held_out: whether they are not of the training split; the noise of fixed pairs is then drawn, too.
+    """
     count = len(images)
     x1 = jnp.asarray(data.batch(images, seed=0, step=0, size=count))
     source_key, coupling_key, path_key = jax.random.split(key, 3)
-    if settings.coupling == "fixed":
+    if settings.coupling == "fixed" and not held_out:
         indices = data.batch_indices(0, 0, count, count)
         x0 = jnp.asarray(fixed_sources(settings.seed, indices, settings.dims))
     else:

@@ -174,6 +174,17 @@ def test_fixed_pairs_keep_their_noise_for_the_whole_run():
     np.testing.assert_array_equal(part.x0, stream(2).x0[16:32])
 
 
+def test_held_out_images_meet_new_noise_under_fixed_pairs():
+    """Catches a held-out loss at the training noise, which a network that memorizes knows: x0 = x1 - target."""
+    settings = settings_of(Config(coupling="fixed"), "cpu", DIGITS)
+    images, key = DIGITS.train[:8], jax.random.key(0)
+    x1 = data.batch(images, seed=0, step=0, size=8)
+    fixed = training.fixed_sources(0, data.batch_indices(0, 0, 8, 8), DIGITS.train.shape[1:])
+    seen, held_out = (training.probe_paths(settings, images, key, held_out=flag) for flag in (False, True))
+    np.testing.assert_allclose(x1 - seen.target, fixed, atol=1e-5)
+    assert np.abs(x1 - held_out.target - fixed).max() > 1
+
+
 def test_large_images_get_smaller_batches_on_a_cpu():
     """Catches hours instead of minutes for a user's array of 32 x 32 pixels."""
     large = DIGITS._replace(train=np.zeros((40, 32, 32, 3), np.uint8), test=np.zeros((4, 32, 32, 3), np.uint8))
