@@ -156,8 +156,8 @@ def command_line(
 ) -> None:
     """Parses, checks and runs; then prints the folder's name.
 
-    One line and exit 2 on bad input, one line and exit 1 on a loss that is not finite or a checkpoint that cannot be
-    written. A folder that is still empty then is removed.
+    One line and exit 2 on bad input, one line and exit 1 on a loss or a sample that is not finite or a checkpoint that
+    cannot be written. A folder that is still empty then is removed.
 
     Args:
         config_type: frozen dataclass with a field `out: Path | None`, and `resume: bool` if runs can be resumed; its
@@ -179,7 +179,7 @@ def command_line(
         print(f"error: {error}", file=sys.stderr)
         folder.remove_if_empty()
         sys.exit(2)
-    except (NonFiniteLossError, CheckpointError) as error:
+    except (NonFiniteLossError, CheckpointError, FloatingPointError) as error:
         print(f"error: {error}; what was finished is in {folder.path}", file=sys.stderr)
         sys.exit(1)
     if jax.process_index() == 0:

@@ -60,6 +60,9 @@ def generate(
         params: its parameters.
         options: of `flows.transport`.
         key: of the sources.
+
+    Raises:
+        FloatingPointError: if a sample is not finite: the network has diverged, or the adaptive solver has failed.
     """
 
     def one(params: Params, key: Key) -> flows.Counted:
@@ -77,7 +80,11 @@ def generate(
 
     def collect() -> None:
         done = running.popleft()
-        parts.append((data.to_uint8(done.state), np.asarray(done.evaluations)))
+        state = np.asarray(done.state)
+        failed = np.count_nonzero(~np.isfinite(state).all(axis=(1, 2, 3)))
+        if failed:
+            raise FloatingPointError(f"samples must be finite, got {failed} of {len(state)} that are not ({label})")
+        parts.append((data.to_uint8(state), np.asarray(done.evaluations)))
 
     for i, start in enumerate(progress(starts, label, len(starts))):
         keys = jax.vmap(lambda k: jax.random.fold_in(key, k))(start + jnp.arange(CHUNK))

@@ -10,8 +10,8 @@ import jax
 import numpy as np
 import pytest
 
+from experiments.cifar10 import evaluation, training
 from experiments.cifar10 import settings as presets
-from experiments.cifar10 import training
 from experiments.cifar10.main import Config, check, settings_of
 from experiments.common import SettingsError
 from fvjax import data, nets
@@ -183,6 +183,14 @@ def test_held_out_images_meet_new_noise_under_fixed_pairs():
     seen, held_out = (training.probe_paths(settings, images, key, held_out=flag) for flag in (False, True))
     np.testing.assert_allclose(x1 - seen.target, fixed, atol=1e-5)
     assert np.abs(x1 - held_out.target - fixed).max() > 1
+
+
+@pytest.mark.parametrize("options", [{"solver": "euler", "steps": 2}, {"solver": "dopri5", "rtol": 1e-2, "atol": 1e-2}])
+def test_samples_that_are_not_finite_are_one_clear_error(options):
+    """Catches black or noisy images, and a distance, made of nan."""
+    settings = settings_of(Config(samples=3), "cpu", DIGITS)
+    with pytest.raises(FloatingPointError, match="samples must be finite, got 100 of 100 that are not .sampling, "):
+        evaluation.generate(settings, lambda params, t, x: x / 0.0, None, options, key=jax.random.key(0))
 
 
 def test_large_images_get_smaller_batches_on_a_cpu():
