@@ -105,7 +105,6 @@ SMOKE: dict[str, Any] = {
     "steps": 6,
     "batch": 8,
     "log_every": 2,
-    "save_every": 4,
     "probes": 8,
     "samples": 16,
 }
