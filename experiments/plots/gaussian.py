@@ -1,4 +1,4 @@
-"""Figures: one function each, rows or arrays in, a matplotlib Figure out; nothing is written or shown here."""
+"""Figures of the Gaussian rotation experiment."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -9,10 +9,8 @@ from matplotlib.colors import Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 
-Row = Mapping[str, Any]
+from experiments.plots._style import BLUE, COLORS, GREEN, GREY, ORANGE, RED, Row, column, select
 
-# Okabe & Ito 2008: distinguishable with every common colour blindness.
-BLUE, ORANGE, GREEN, RED, PURPLE, GREY = "#0072B2", "#E69F00", "#009E73", "#D55E00", "#CC79A7", "#666666"
 FIELD_STYLE = {"ot": (BLUE, "OT field"), "pair_optimal": (RED, "pair-optimal field")}
 COUPLING_STYLE = {
     "ot": (GREEN, "OT pairs"),
@@ -21,14 +19,6 @@ COUPLING_STYLE = {
 }
 ZERO = 1e-20
 """Variances below are rounding errors of zero; a logarithmic axis shows them as triangles at its bottom."""
-
-
-def _select(rows: Sequence[Row], **wanted: Any) -> list[Row]:
-    return [row for row in rows if all(row[key] == value for key, value in wanted.items())]
-
-
-def _column(rows: Sequence[Row], key: str) -> np.ndarray:
-    return np.asarray([row[key] for row in rows], float)
 
 
 def _angle_axis(axes: Axes) -> None:
@@ -43,14 +33,14 @@ def _line_and_points(axes: Axes, lines: Sequence[Row], points: Sequence[Row], st
     What a logarithmic axis cannot hold stands at its edges: triangles at the top for infinite, at the bottom for zero.
     """
     color, label = style
-    angle, exact = _column(lines, "angle"), _column(lines, "exact")
+    angle, exact = column(lines, "angle"), column(lines, "exact")
     log = axes.get_yscale() == "log"
     infinite, zero = ~np.isfinite(exact), log & (exact < ZERO)
     axes.plot(angle, np.where(infinite | zero, np.nan, exact), color=color, label=label, zorder=2)
     shown = [row for row in points if np.isfinite(row["exact"]) and not (log and row["exact"] < ZERO)]
-    mean, error = _column(shown, "monte_carlo"), 2 * _column(shown, "standard_error")
+    mean, error = column(shown, "monte_carlo"), 2 * column(shown, "standard_error")
     axes.errorbar(
-        _column(shown, "angle"),
+        column(shown, "angle"),
         mean,
         yerr=[np.minimum(error, 0.99 * mean) if log else error, error],
         color=color,
@@ -73,11 +63,11 @@ def _line_and_points(axes: Axes, lines: Sequence[Row], points: Sequence[Row], st
 
 def _decades(lines: Sequence[Row]) -> tuple[float, float]:
     """Limits that hold the OT field's line and six decades on either side of its top, less where nothing is there."""
-    values = _column(lines, "exact")
+    values = column(lines, "exact")
     values = values[np.isfinite(values) & (values >= ZERO)]
     if not values.size:
         return 1e-1, 1e1
-    optimal = _column(_select(lines, field="ot"), "exact")
+    optimal = column(select(lines, field="ot"), "exact")
     optimal = optimal[np.isfinite(optimal) & (optimal >= ZERO)]
     top = optimal.max() if optimal.size else float(np.median(values))
     return max(values.min() / 10, top / 1e6), min(values.max() * 10, top * 1e6)
@@ -90,10 +80,10 @@ def variance_by_field(lines: Sequence[Row], points: Sequence[Row], *, coupling: 
     panels = figure.subplots(1, len(sigmas), squeeze=False)[0]
     for axes, sigma in zip(panels, sigmas, strict=True):
         axes.set_yscale("log")
-        axes.set_ylim(*_decades(_select(lines, coupling=coupling, sigma=sigma)))
+        axes.set_ylim(*_decades(select(lines, coupling=coupling, sigma=sigma)))
         for field, style in FIELD_STYLE.items():
             chosen = {"coupling": coupling, "field": field, "sigma": sigma}
-            _line_and_points(axes, _select(lines, **chosen), _select(points, **chosen), style)
+            _line_and_points(axes, select(lines, **chosen), select(points, **chosen), style)
         axes.set_title(rf"$\sigma$ = {sigma:g}")
         _angle_axis(axes)
     panels[0].set_ylabel("total gradient variance")
@@ -112,7 +102,7 @@ def variance_by_coupling(lines: Sequence[Row], points: Sequence[Row], *, title: 
     for axes, sigma in zip(panels, sigmas, strict=True):
         for coupling, style in COUPLING_STYLE.items():
             chosen = {"coupling": coupling, "field": "ot", "sigma": sigma}
-            _line_and_points(axes, _select(lines, **chosen), _select(points, **chosen), style)
+            _line_and_points(axes, select(lines, **chosen), select(points, **chosen), style)
         axes.set_title(rf"$\sigma$ = {sigma:g}")
         _angle_axis(axes)
     panels[0].set_ylim(bottom=0)
@@ -172,8 +162,8 @@ def angle_phase(background: Sequence[Row], integrated: Sequence[Row], trained: S
     ):
         visible = [row for row in rows if row["sigma"] > 0 and np.isfinite(row["angle_out"])]
         if visible:
-            place = _column(visible, "angle"), _column(visible, "sigma")
-            color = np.abs(_column(visible, "angle_out"))
+            place = column(visible, "angle"), column(visible, "sigma")
+            color = np.abs(column(visible, "angle_out"))
             axes.scatter(
                 *place, c=color, s=size, marker=marker, cmap="viridis", norm=norm, edgecolors="white", label=label
             )
@@ -219,19 +209,19 @@ def flow_trajectories(runs: Sequence[Mapping[str, Any]], *, title: str) -> Figur
 
 def solver_distances(rows: Sequence[Row], *, title: str) -> Figure:
     """Pair L2 to the paired and to the OT target on held-out sources, by solver; rows: angles, columns: sigmas."""
-    rows = _select(rows, split="held_out")
+    rows = select(rows, split="held_out")
     angles, sigmas = (sorted({row[key] for row in rows}) for key in ("angle", "sigma"))
     figure = Figure(figsize=(2.4 * len(sigmas) + 1.6, 2.5 * len(angles) + 0.9), layout="constrained")
     panels = figure.subplots(len(angles), len(sigmas), squeeze=False, sharex=True, sharey=True)
     for i, angle in enumerate(angles):
         for j, sigma in enumerate(sigmas):
-            chosen, axes = _select(rows, angle=angle, sigma=sigma), panels[i, j]
+            chosen, axes = select(rows, angle=angle, sigma=sigma), panels[i, j]
             names = [f"{row['solver']} {row['steps'] or 'adaptive'}" for row in chosen]
             for key, color, marker, label in (
                 ("l2_paired", RED, "o", "to the paired target"),
                 ("l2_ot", BLUE, "s", "to the OT target"),
             ):
-                axes.plot(_column(chosen, key), range(len(names)), marker=marker, ls="", color=color, label=label)
+                axes.plot(column(chosen, key), range(len(names)), marker=marker, ls="", color=color, label=label)
             axes.set_yticks(range(len(names)), names, fontsize=8)
             axes.set_ylim(len(names) - 0.5, -0.5)
             axes.set_xscale("log")
@@ -253,57 +243,22 @@ def training_variance(rows: Sequence[Row], *, title: str) -> Figure:
     angles, sigmas = (sorted({row[key] for row in rows}) for key in ("angle", "sigma"))
     figure = Figure(figsize=(4.0 * len(angles) + 0.6, 5.4), layout="constrained")
     panels = figure.subplots(2, len(angles), squeeze=False, sharex=True, sharey="row")
-    colors = (RED, ORANGE, GREEN, BLUE, PURPLE, GREY)
     for j, angle in enumerate(angles):
         for k, sigma in enumerate(sigmas):
-            chosen = _select(rows, angle=angle, sigma=sigma)
+            chosen = select(rows, angle=angle, sigma=sigma)
             for i, key in enumerate(("variance", "loss")):
-                style = {"color": colors[k % 6], "label": rf"$\sigma$ = {sigma:g}", "marker": ".", "markersize": 4}
-                panels[i, j].plot(_column(chosen, "step"), _column(chosen, key), **style)
+                style = {
+                    "color": COLORS[k % len(COLORS)],
+                    "label": rf"$\sigma$ = {sigma:g}",
+                    "marker": ".",
+                    "markersize": 4,
+                }
+                panels[i, j].plot(column(chosen, "step"), column(chosen, key), **style)
                 panels[i, j].set_yscale("log")
         panels[0, j].set_title(f"{angle:g} degrees")
         panels[1, j].set_xlabel("training step")
     panels[0, 0].set_ylabel("total gradient variance\nof the network")
     panels[1, 0].set_ylabel("loss\n(mean over dimensions)")
     panels[0, 0].legend(frameon=False)
-    figure.suptitle(title)
-    return figure
-
-
-def image_grid(images: np.ndarray, *, title: str, columns: int = 10) -> Figure:
-    """Images, uint8 [n, h, w, c], side by side in rows of `columns`."""
-    count, height, width, channels = images.shape
-    rows = -(-count // columns)
-    padded = np.concatenate([images, np.full((rows * columns - count, height, width, channels), 255, np.uint8)])
-    spaced = np.pad(padded, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    tiled = spaced.reshape(rows, columns, height + 1, width + 1, channels).transpose(0, 2, 1, 3, 4)
-    whole = tiled.reshape(rows * (height + 1), columns * (width + 1), channels)
-    figure = Figure(figsize=(6, 6 * whole.shape[0] / whole.shape[1] + 0.15), layout="constrained")
-    axes = figure.subplots()
-    axes.imshow(whole.squeeze(-1) if channels == 1 else whole, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
-    axes.set_axis_off()
-    axes.set_title(title, fontsize=10)
-    return figure
-
-
-def image_training(rows: Sequence[Row], *, title: str) -> Figure:
-    """Loss, total gradient variance by time bin, and gradient noise scale while a network trains."""
-    figure = Figure(figsize=(11, 3.8), layout="constrained")
-    loss, variance, noise = figure.subplots(1, 3, sharex=True)
-    steps = _column(rows, "step")
-    loss.plot(steps, _column(rows, "loss"), color=BLUE)
-    loss.set_ylabel("training loss (mean over dimensions)")
-    names = sorted(name for name in rows[0] if name.startswith("gradient_variance_bin_"))
-    variance.plot(steps, _column(rows, "gradient_variance"), color="black", label="all t")
-    for k, (name, color) in enumerate(zip(names, (BLUE, GREEN, ORANGE, RED), strict=True)):
-        label = f"t in [{k / len(names):g}, {(k + 1) / len(names):g})"
-        variance.plot(steps, _column(rows, name), color=color, lw=1, label=label)
-    variance.set_ylabel("total gradient variance")
-    figure.legend(*variance.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    noise.plot(steps, _column(rows, "gradient_noise_scale"), color=PURPLE)
-    noise.set_ylabel("gradient noise scale [examples]")
-    for axes in (loss, variance, noise):
-        axes.set_yscale("log")
-        axes.set_xlabel("training step")
     figure.suptitle(title)
     return figure
