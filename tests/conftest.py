@@ -1,4 +1,4 @@
-"""What every test runs under: the CPU as four devices, strict dtype promotion, no display, reproducible properties."""
+"""What every test runs under: CPU as four devices, strict dtype promotion, reproducible properties; and fixtures."""
 
 import os
 
@@ -9,11 +9,14 @@ if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 
-from collections.abc import Iterator  # noqa: E402
+import io  # noqa: E402
+from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
+from typing import Any  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
@@ -51,3 +54,55 @@ def shared_data(repository: Path) -> Path:
     if not folder.is_dir():
         pytest.skip("no folder ../shared/data beside the checkout")
     return folder
+
+
+Prepare = Callable[[Path, str, Mapping[str, Any]], None]
+
+
+@pytest.fixture(scope="session")
+def encode() -> Callable[..., bytes]:
+    """Turns uint8 [h, w, c] into the bytes of an image file."""
+    from PIL import Image
+
+    def encoded(pixels: np.ndarray, suffix: str = "png") -> bytes:
+        file = io.BytesIO()
+        Image.fromarray(pixels[..., 0] if pixels.shape[-1] == 1 else pixels).save(file, suffix)
+        return file.getvalue()
+
+    return encoded
+
+
+@pytest.fixture(scope="session")
+def prepare(encode: Callable[..., bytes]) -> Prepare:
+    """Prepares {split: images} under the name and with the features of a registered data set, as array_record."""
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import registered
+
+    def example(feature: Any, pixels: np.ndarray) -> Any:
+        if isinstance(feature, tfds.features.FeaturesDict):
+            return {name: example(feature[name], pixels) for name in feature}
+        if isinstance(feature, tfds.features.Image):
+            return io.BytesIO(encode(pixels))
+        return "" if isinstance(feature, tfds.features.Text) else 0
+
+    def prepared(folder: Path, name: str, splits: Mapping[str, Any]) -> None:
+        original = tfds.builder(name, data_dir=str(folder))
+        with registered.skip_registration():
+
+            class Tiny(tfds.core.GeneratorBasedBuilder):  # type: ignore[misc]
+                VERSION = original.version
+
+                def _info(self) -> Any:
+                    return tfds.core.DatasetInfo(builder=self, features=original.info.features)
+
+                def _split_generators(self, dl_manager: Any) -> Any:
+                    return {split: self._generate_examples(images) for split, images in splits.items()}
+
+                def _generate_examples(self, images: Any) -> Any:
+                    for index, pixels in enumerate(images):
+                        yield index, example(self.info.features, pixels)
+
+        Tiny.name = name
+        Tiny(data_dir=str(folder)).download_and_prepare(file_format="array_record")
+
+    return prepared
