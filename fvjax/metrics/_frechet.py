@@ -1,109 +1,13 @@
-"""Measures of a learned map: distance to a target pair by pair, angle of rotation, Fréchet distance of features."""
+"""Fréchet distance between features, from moments that are merged in one pass."""
 
 from collections.abc import Iterable
 from typing import Any, NamedTuple
 
-import jax.numpy as jnp
 import numpy as np
 
 from fvjax import _validate
-from fvjax.types import Array
 
 _FEATURES_AT_ONCE = 1024  # examples between two merges, which cost k^2 each, as one example does
-
-
-class PairDistance(NamedTuple):
-    """Mean and sample standard deviation (ddof = 1) of a distance over `count` examples, in units of x."""
-
-    mean: Array
-    standard_deviation: Array
-    count: int  # type: ignore[assignment]  # hides tuple.count, which nobody wants of a measurement
-
-
-def pair_l2(predicted: Array, target: Array) -> PairDistance:
-    r"""Mean and spread over examples of the Euclidean distance |predicted_i - target_i|_2.
-
-    With the true optimal-transport targets it measures generalization, with the training targets memorization (Reu et
-    al. 2025). It compares aligned rows: unlike a distance of sets it tells a pair from its neighbour. The norm sums
-    over all dimensions of an example, without division by their number.
-
-    =========  ==========================================
-    n = 1      the standard deviation (ddof = 1) is nan
-    n = 0      refused
-    =========  ==========================================
-
-    Args:
-        predicted: [n, *dims], floating point.
-        target: [n, *dims], row i belongs to row i of `predicted`.
-
-    Returns:
-        PairDistance(mean [], standard_deviation [], count), at least in float32. The standard error of the mean is
-        standard_deviation / sqrt(count).
-
-    Raises:
-        ValueError: if the shapes differ, there is no example, or an array is not floating point.
-    """
-    _validate.same_shape("predicted", predicted, "target", target)
-    count = _validate.batch("predicted", predicted)
-    if count == 0:
-        raise ValueError("predicted must hold at least one example, got 0")
-    predicted, target = _at_least_float32(("predicted", "target"), predicted, target)
-    distances = jnp.linalg.norm((predicted - target).reshape(count, -1), axis=1)
-    deviation = jnp.std(distances, ddof=1) if count > 1 else jnp.full((), jnp.nan, distances.dtype)
-    return PairDistance(jnp.mean(distances), deviation, count)
-
-
-def fitted_rotation(x0: Array, x1_hat: Array, *, planes_basis: Array | None = None) -> Array:
-    r"""Angle of the rotation that fits a map best, in least squares over centred samples.
-
-    In the planes (0, 1), (2, 3), ... with z = y_(2k) + i y_(2k+1) of the centred samples y,
-
-        angle = arg sum over samples and planes of conj(z0) z1 = argmin_phi sum |x1_hat - R(phi) x0|^2,
-
-    where R(phi) turns each of these planes by phi and leaves a last odd coordinate alone. (Expand the square: only
-    -2 Re exp(-i phi) sum conj(z0) z1 depends on phi.) In two dimensions the argument is atan2(C_10 - C_01, C_00 + C_11)
-    of the cross moment C = sum x1_hat x0^T: the antisymmetric over the symmetric part, and for x0 of isotropic sample
-    covariance that of the least-squares linear map. There x1 = S R(phi) x0 with S symmetric positive definite still
-    gives phi.
-
-    Positive is counter-clockwise, R = [[cos phi, -sin phi], [sin phi, cos phi]], from the even to the odd coordinate.
-
-    =========================================  =======================================================
-    x1_hat = R(phi) x0 + shift                 phi exactly, for any sample that is not constant
-    half a turn                                pi, never -pi (rounding may fall on either side of it)
-    sum = 0 (constant x0 or x1_hat, n = 1)     undefined: nan
-    =========================================  =======================================================
-
-    Args:
-        x0: sources, [n, d], d >= 2, floating point.
-        x1_hat: what the map makes of them, [n, d].
-        planes_basis: orthogonal [d, d]; its columns (0, 1), (2, 3), ... span the planes, for a rotation
-            planes_basis @ blocks @ planes_basis.T. None means the coordinate axes.
-
-    Returns:
-        The angle in radians in (-pi, pi], shape [], at least in float32.
-
-    Raises:
-        ValueError: if the shapes differ or are not [n, d] with n >= 1, d >= 2, an array is not floating point, or
-            `planes_basis` is not an orthogonal [d, d] matrix.
-    """
-    _validate.same_shape("x0", x0, "x1_hat", x1_hat)
-    if jnp.ndim(x0) != 2 or x0.shape[0] < 1 or x0.shape[1] < 2:
-        raise ValueError(f"x0 must have shape [n, d] with n >= 1 and d >= 2, got {jnp.shape(x0)}")
-    dimension = x0.shape[1]
-    source, image = _at_least_float32(("x0", "x1_hat"), x0, x1_hat)
-    source, image = source - jnp.mean(source, axis=0), image - jnp.mean(image, axis=0)
-    if planes_basis is not None:
-        _validate.shape("planes_basis", planes_basis, (dimension, dimension))
-        _validate.orthogonal("planes_basis", planes_basis)
-        source = source @ jnp.asarray(planes_basis, source.dtype)
-        image = image @ jnp.asarray(planes_basis, image.dtype)
-    even, odd = slice(0, dimension - dimension % 2, 2), slice(1, None, 2)
-    real = jnp.sum(source[:, even] * image[:, even]) + jnp.sum(source[:, odd] * image[:, odd])
-    imaginary = jnp.sum(source[:, even] * image[:, odd]) - jnp.sum(source[:, odd] * image[:, even])
-    angle = jnp.arctan2(imaginary, real)
-    angle = jnp.where(angle <= -jnp.pi, jnp.asarray(jnp.pi, angle.dtype), angle)
-    return jnp.where((real == 0) & (imaginary == 0), jnp.nan, angle)
 
 
 class FeatureMoments(NamedTuple):
@@ -250,13 +154,3 @@ def _factor(covariance: np.ndarray) -> np.ndarray:
     eigenvalues, vectors = np.linalg.eigh(covariance)
     kept = eigenvalues > len(covariance) * np.finfo(np.float64).eps * np.max(np.abs(eigenvalues), initial=0.0)
     return vectors[:, kept] * np.sqrt(eigenvalues[kept])
-
-
-def _at_least_float32(names: tuple[str, str], x: Array, y: Array) -> tuple[Array, Array]:
-    """Both arrays in the wider of their dtypes, or in float32."""
-    _validate.floating(names[0], x)
-    _validate.floating(names[1], y)
-    dtype = _validate.common_dtype(x, y)
-    if jnp.finfo(dtype).bits < 32:
-        dtype = np.dtype(np.float32)
-    return jnp.asarray(x, dtype), jnp.asarray(y, dtype)
