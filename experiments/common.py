@@ -1,6 +1,7 @@
 """What every experiment does around its computation: command line, run folder, results, progress."""
 
 import csv
+import functools
 import io
 import json
 import platform
@@ -17,9 +18,12 @@ import tyro
 from matplotlib.figure import Figure
 
 import fvjax
+from fvjax import gradients
 from fvjax.checkpoints import CheckpointError, ConfigMismatchError, StateMismatchError
 from fvjax.data import DataError
+from fvjax.losses import squared_error
 from fvjax.training import NonFiniteLossError, Progress
+from fvjax.types import Params, PathSample
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")
@@ -138,6 +142,27 @@ def progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:
         yield item
         bar.update(done)
     bar.close()
+
+
+def compiled_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
+    """For a function that runs once: the draws of a U-Net's parameters take 20 s to compile with all optimizations."""
+    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
+    return jax.jit(function, compiler_options=quick)
+
+
+@functools.partial(jax.jit, static_argnames=("field", "bins"))
+def gradient_variance(field: Any, params: Params, probe: PathSample, *, bins: int = 4) -> dict[str, jax.Array]:
+    """Total variance of the gradient of the mean loss over the probe, its noise scale, and that in each time bin."""
+    loss = squared_error(field, reduction="mean")
+    by = gradients.time_bins(probe.t, bins)
+    grouped = gradients.gradient_moments(loss, params, probe, by=by, groups=bins)
+    moments = gradients.merge_groups(grouped)
+    variances = gradients.total_variance(grouped)
+    return {
+        "gradient_variance": gradients.total_variance(moments),
+        "gradient_noise_scale": gradients.gradient_noise_scale(moments),
+        **{f"gradient_variance_bin_{k}": variances[k] for k in range(bins)},
+    }
 
 
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:

@@ -3,6 +3,7 @@
 python -m experiments.cifar10                                       # this machine's preset
 python -m experiments.cifar10 --preset paper --sigma 0.05           # a GPU, CIFAR-10 prepared by tensorflow-datasets
 python -m experiments.cifar10 --data pictures/ --steps 3000         # a folder of images, or an .npy array
+python -m experiments.cifar10 --rounds 3                            # 3-ReFlow: rounds 2 and 3 on generated pairs
 python -m experiments.cifar10 --out runs/mine --resume              # goes on where that run was stopped or killed
 """
 

@@ -27,7 +27,8 @@ Row = dict[str, Any]
 
 
 @functools.partial(jax.jit, static_argnames="field")
-def _losses(field: Any, params: Params, paths: PathSample) -> Array:
+def losses(field: Any, params: Params, paths: PathSample) -> Array:
+    """Loss of each of the paths, without dropout, [n]."""
     loss = squared_error(field, reduction="mean")
     return jax.lax.map(lambda path: loss(params, path), paths, batch_size=CHUNK)
 
@@ -37,7 +38,7 @@ def final_loss(
 ) -> float:
     """Mean loss over images of the training split, or of the other one (`held_out`), without dropout."""
     paths = probe_paths(settings, images[:LOSS_IMAGES], key, held_out=held_out)
-    return float(np.mean(np.asarray(_losses(field, params, paths), np.float64)))
+    return float(np.mean(np.asarray(losses(field, params, paths), np.float64)))
 
 
 def solvers(settings: Settings) -> list[dict[str, Any]]:
@@ -64,11 +65,7 @@ def generate(
     Raises:
         FloatingPointError: if a sample is not finite: the network has diverged, or the adaptive solver has failed.
     """
-
-    def one(params: Params, key: Key) -> flows.Counted:
-        return flows.counted_transport(field, params, jax.random.normal(key, settings.dims), **options)
-
-    sampler = jax.jit(jax.vmap(one, in_axes=(None, 0)))
+    sampler = functools.partial(_sampled, field, dims=settings.dims, options=tuple(options.items()))
     devices = jax.local_devices()
     copies = [jax.device_put(params, device) for device in devices]
     share = -(-settings.samples // jax.process_count())
@@ -97,6 +94,18 @@ def generate(
     if jax.process_count() > 1:
         images, counts = (multihost_utils.process_allgather(x, tiled=True) for x in (images, counts))
     return images[: settings.samples], counts[: settings.samples]
+
+
+@functools.partial(jax.jit, static_argnames=("field", "dims", "options"))
+def _sampled(
+    field: Any, params: Params, keys: Key, *, dims: tuple[int, ...], options: tuple[tuple[str, Any], ...]
+) -> flows.Counted:
+    """One sample a key; compiled once for all rounds."""
+
+    def one(key: Key) -> flows.Counted:
+        return flows.counted_transport(field, params, jax.random.normal(key, dims), **dict(options))
+
+    return jax.vmap(one)(keys)
 
 
 def moments_of(features: data.features.Features, images: np.ndarray) -> metrics.FeatureMoments:

@@ -1,6 +1,6 @@
 """Configuration and order of the image experiment; see `python -m experiments.cifar10 --help`."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -11,7 +11,9 @@ import tyro
 
 from experiments import plots
 from experiments.cifar10 import evaluation
-from experiments.cifar10.settings import CPU, CPU_LARGE, LARGE, PAPER, SMOKE, Settings, find_data
+from experiments.cifar10.comparison import round_rows
+from experiments.cifar10.rounds import Finished, train_rounds
+from experiments.cifar10.settings import CPU, CPU_LARGE, LARGE, PAIRS, PAPER, SMOKE, Rounds, Settings, find_data
 from experiments.cifar10.training import train
 from experiments.common import RunFolder, SettingsError, environment, table
 from fvjax import _validate, data, metrics, training
@@ -19,6 +21,13 @@ from fvjax import _validate, data, metrics, training
 GRID = 100
 """Samples that the grid shows; 256 of each solver are kept."""
 KEPT = 256
+ROUND_COLUMNS = {
+    "round": "",
+    "straightness": ".4g",
+    "pair_l2_train": ".4g",
+    "pair_l2_held_out": ".4g",
+    "memorized": ".3f",
+}
 
 
 @dataclass(frozen=True)
@@ -28,7 +37,9 @@ class Config:
     Preset paper: the U-Net of 35.7M parameters, batch 128, 400,001 steps, FID by --inception. Preset cpu, chosen where
     there is no GPU or no data: a small U-Net on scikit-learn's digits; expected: legible digits and a distance to the
     held-out images near that of the training images. Writes config.json, results.json, metrics.csv, tensorboard/,
-    checkpoints/, samples.npz and figures/ into the run folder.
+    checkpoints/, samples.npz and figures/ into the run folder. With --rounds K the first results are those of round 1,
+    results.json gets "rounds", and round k keeps its pairs, checkpoints and metrics in rounds/<k>/; a finished run can
+    be resumed with more rounds.
     """
 
     preset: Annotated[
@@ -46,7 +57,13 @@ class Config:
             " each image"
         ),
     ] = "independent"
-    rounds: Annotated[int, tyro.conf.arg(help="ReFlow rounds; only 1 so far")] = 1
+    rounds: Annotated[
+        int,
+        tyro.conf.arg(
+            help="ReFlow rounds: each after the first is trained on pairs that the flow before it makes, --steps more"
+        ),
+    ] = 1
+    pairs: Annotated[int | None, tyro.conf.arg(help="of each later round, >= 2; default by preset")] = None
     steps: Annotated[int | None, tyro.conf.arg(help="training steps; default by preset")] = None
     batch: Annotated[int | None, tyro.conf.arg(help="images of a step, over all devices; default by preset")] = None
     channels: Annotated[int | None, tyro.conf.arg(help="channels of the U-Net; default by preset")] = None
@@ -86,11 +103,13 @@ def check(config: Config) -> None:
     Raises:
         ValueError: naming the option, the rule and the value.
     """
-    for name in ("steps", "batch", "channels", "micro_batches", "samples", "log_every", "save_every"):
+    for name in ("steps", "batch", "channels", "micro_batches", "samples", "log_every", "save_every", "pairs"):
         if getattr(config, name) is not None:
             _validate.positive_integer(f"--{name.replace('_', '-')}", getattr(config, name))
-    if config.samples is not None and config.samples < 2:
-        raise ValueError(f"--samples must be >= 2, got {config.samples}")
+    for name in ("samples", "pairs"):
+        value = getattr(config, name)
+        if value is not None and value < 2:
+            raise ValueError(f"--{name} must be >= 2, got {value}")
     _validate.nonnegative("--sigma", config.sigma)
     _validate.finite("--sigma", config.sigma)
     _validate.positive("--tolerance", config.tolerance)
@@ -102,8 +121,13 @@ def check(config: Config) -> None:
         _validate.positive_integer("--euler", steps)
     if not 0 <= config.seed < 2**31:
         raise ValueError(f"--seed must be in [0, 2^31), got {config.seed}")
-    if config.rounds != 1:
-        raise ValueError(f"--rounds must be 1 (ReFlow rounds are not implemented yet), got {config.rounds}")
+    _validate.positive_integer("--rounds", config.rounds)
+    if config.rounds > 1 and config.distributed:
+        raise ValueError(
+            f"--rounds must be 1 with --distributed (later rounds run in one process), got {config.rounds}"
+        )
+    if config.rounds == 1 and config.pairs is not None:
+        raise ValueError(f"--pairs must come with --rounds above 1, got {config.pairs} pairs and 1 round")
     if config.resume and config.out is None:
         raise ValueError("--out must name the run's folder where --resume is given, got none")
     if config.distributed:
@@ -158,6 +182,14 @@ def settings_of(config: Config, preset: str, images: data.Images) -> Settings:
     )
 
 
+def rounds_of(config: Config, settings: Settings) -> Rounds:
+    """The rounds of ReFlow; they are no part of `Settings`, which are those of round 1."""
+    pairs = PAIRS[settings.preset]
+    if config.smoke or (settings.preset == "cpu" and settings.dims[0] * settings.dims[1] > LARGE):
+        pairs = settings.samples
+    return Rounds(config.rounds, pairs if config.pairs is None else config.pairs)
+
+
 def main(config: Config, folder: RunFolder) -> None:
     """Trains, generates and compares, and writes everything into `folder`."""
     preset, images, notice = find_data(config.preset, config.data, config.data_dir)
@@ -178,10 +210,33 @@ def main(config: Config, folder: RunFolder) -> None:
     if int(state.step) < settings.steps:
         say(f"stopped at step {int(state.step)} of {settings.steps}; go on with --out {folder.path} --resume")
         return
-    results = _results(settings, model, state, images, features=features, folder=folder)
+    finished: list[Finished] | None = []
+    if config.rounds > 1:
+        rounds = rounds_of(config, settings)
+        finished = train_rounds(settings, rounds, model, state.ema_params, folder=folder.path, say=say)
+        if finished is None:
+            say(f"go on with --out {folder.path} --resume")
+            return
+    known = {split: evaluation.moments_of(features, getattr(images, split)) for split in ("train", "test")}
+    results, drawn = _results(settings, model, state, images, features=features, known=known)
     results["training"] = rows
-    folder.write_json("results.json", results)
     title = f"U-Net on {images.name}, sigma = {settings.sigma:g}, {settings.coupling} pairs"
+    if finished:
+        every = [Finished(1, state.ema_params, None, rows), *finished]
+        table_of_rounds, more = _rounds_results(
+            config, settings, model, every, images=images, features=features, known=known
+        )
+        results["rounds"], drawn = table_of_rounds, drawn | more
+        folder.write_figure("rounds", plots.reflow_rounds(table_of_rounds, title=title), _flat(table_of_rounds))
+        for done in finished:
+            if done.rows:
+                figure = plots.image_training(done.rows, title=f"{title}, round {done.index}")
+                folder.write_figure(f"training_round_{done.index}", figure, done.rows)
+    folder.write_arrays("samples.npz", {name: samples[:KEPT] for name, samples in drawn.items()})
+    for name, samples in drawn.items():
+        caption = f"{images.name}: {settings.steps} steps, sigma = {settings.sigma:g}, {name.replace('_', ' ')}"
+        folder.write_figure(f"samples_{name}", plots.image_grid(samples[:GRID], title=caption), None)
+    folder.write_json("results.json", results)
     if rows:
         folder.write_figure("training", plots.image_training(rows, title=title), rows)
     say(f"\n{images.name}: loss {results['loss']:.4f} (held out {results['loss_test']:.4f})")
@@ -189,6 +244,9 @@ def main(config: Config, folder: RunFolder) -> None:
     say(f"distances of {settings.samples} samples; features: {features.name}; between the splits: {floor:.4g}")
     columns = {"solver": "", "steps": "", "nfe": ".1f", "distance_train": ".4g", "distance_test": ".4g"}
     say(table(results["samples"], columns))
+    if finished:
+        say("")
+        say(table(results["rounds"], ROUND_COLUMNS))
 
 
 def _nothing(*_: Any) -> None:
@@ -202,21 +260,16 @@ def _results(
     images: data.Images,
     *,
     features: data.features.Features,
-    folder: RunFolder,
-) -> dict[str, Any]:
-    """Losses and samples of the averaged parameters; writes the samples."""
+    known: Mapping[str, metrics.FeatureMoments],
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Losses and samples of the averaged parameters of round 1, and the samples themselves."""
     key, field, params = jax.random.key(settings.seed), model.apply, state.ema_params
     loss_key, sample_key = (jax.random.fold_in(key, i) for i in (10, 11))
     losses = {
         name: evaluation.final_loss(settings, field, params, split, key=loss_key, held_out=name != "loss")
         for name, split in (("loss", images.train), ("loss_test", images.test))
     }
-    known = {split: evaluation.moments_of(features, getattr(images, split)) for split in ("train", "test")}
     rows, drawn = evaluation.compared(settings, field, params, known, features=features, key=sample_key)
-    folder.write_arrays("samples.npz", {name: samples[:KEPT] for name, samples in drawn.items()})
-    for name, samples in drawn.items():
-        title = f"{images.name}: {settings.steps} steps, sigma = {settings.sigma:g}, {name.replace('_', ' ')}"
-        folder.write_figure(f"samples_{name}", plots.image_grid(samples[:GRID], title=title), None)
     first: Mapping[str, Any] = rows[0]
     return {
         **losses,
@@ -231,4 +284,41 @@ def _results(
         "parameters": int(sum(np.size(leaf) for leaf in jax.tree.leaves(params))),
         "settings": asdict(settings),
         "samples": rows,
-    }
+    }, drawn
+
+
+def _rounds_results(
+    config: Config,
+    settings: Settings,
+    model: Any,
+    every: Sequence[Finished],
+    *,
+    images: data.Images,
+    features: data.features.Features,
+    known: Mapping[str, metrics.FeatureMoments],
+) -> tuple[list[dict[str, Any]], dict[str, np.ndarray]]:
+    """The measures of all rounds, and the samples of the later ones by all solvers, from the same noise as round 1."""
+    rows = round_rows(settings, model, every, images, known=known, features=features, smoke=config.smoke)
+    sample_key = jax.random.fold_in(jax.random.key(settings.seed), 11)
+    drawn: dict[str, np.ndarray] = {}
+    for row, done in zip(rows, every, strict=True):
+        row["steps"] = settings.steps
+        row["pairs"] = None if done.pairs is None else len(done.pairs.x0)
+        if done.pairs is None:
+            continue  # the samples of round 1 are the results themselves
+        row["samples"], samples = evaluation.compared(
+            settings, model.apply, done.params, known, features=features, key=sample_key
+        )
+        row["training"] = done.rows
+        drawn |= {f"round_{done.index}_{name}": part for name, part in samples.items()}
+    return rows, drawn
+
+
+def _flat(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    """The numbers that the figure shows: one row a round and number of Euler steps."""
+    plain = [{key: value for key, value in row.items() if not isinstance(value, list)} for row in rows]
+    return [
+        shown | {f"euler_{key}": value for key, value in few.items()}
+        for row, shown in zip(rows, plain, strict=True)
+        for few in row["euler"]
+    ]

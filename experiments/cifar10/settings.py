@@ -43,6 +43,17 @@ class Settings:
         return nets.unet(self.dims, **self.network)
 
 
+@dataclass(frozen=True)
+class Rounds:
+    """What ReFlow adds to the settings: the number of rounds, and of the pairs that each later round trains on."""
+
+    rounds: int
+    pairs: int
+
+
+PAIRS = {"paper": 50_000, "cpu": 2000}
+"""Pairs by preset; as few as there are samples where images are large (CPU_LARGE) and in a smoke run."""
+
 PAPER: dict[str, Any] = {
     "network": {
         "channels": 128,

@@ -1,24 +1,20 @@
 """Training of one flow from noise to images, with checkpoints, metrics and the gradient variance on the way."""
 
-import functools
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from experiments.cifar10.settings import Settings
-from fvjax import couplings, data, gradients, training
+from experiments.common import compiled_quickly, gradient_variance
+from fvjax import couplings, data, training
 from fvjax.checkpoints import Checkpoints, stop_on_sigterm
 from fvjax.interpolants import constant_noise, draw_paths
-from fvjax.losses import squared_error
-from fvjax.types import Array, Coupling, Key, Model, Pair, Params, PathSample
-
-BINS = 4
-"""Equal intervals of time in which the gradient variance is logged."""
+from fvjax.types import Array, Coupling, Key, Model, Pair, PathSample
 
 STOP_EVERY = 16
 """With several processes they ask each other once in so many steps whether to stop."""
@@ -86,25 +82,10 @@ def probe_paths(settings: Settings, images: np.ndarray, key: Key, *, held_out: b
     return draw_paths(path_key, pairs, constant_noise(settings.sigma))
 
 
-@functools.partial(jax.jit, static_argnames="field")
-def gradient_variance(field: Any, params: Params, probe: PathSample) -> dict[str, Array]:
-    """Total variance of the loss gradient over the probe, its noise scale, and the variance in each time bin."""
-    loss = squared_error(field, reduction="mean")
-    by = gradients.time_bins(probe.t, BINS)
-    grouped = gradients.gradient_moments(loss, params, probe, by=by, groups=BINS)
-    moments = gradients.merge_groups(grouped)
-    bins = gradients.total_variance(grouped)
-    return {
-        "gradient_variance": gradients.total_variance(moments),
-        "gradient_noise_scale": gradients.gradient_noise_scale(moments),
-        **{f"gradient_variance_bin_{k}": bins[k] for k in range(BINS)},
-    }
-
-
 def train(
     settings: Settings, model: Model, images: data.Images, *, folder: Path
 ) -> tuple[training.TrainState, list[dict[str, Any]]]:
-    """Trains, or goes on from the newest checkpoint in `folder`; returns early on SIGTERM.
+    """Trains on images and their noise, or goes on from the newest checkpoint in `folder`; returns early on SIGTERM.
 
     Returns:
         The state on the first device, and the rows of metrics.csv.
@@ -119,13 +100,37 @@ def train(
         return training.init_state(key, model, optimizer)
 
     probe = probe_paths(settings, images.train[: settings.probes], probe_key)
-    step = training.parallelize(
+    like = jax.eval_shape(first_state, state_key)
+    start = Start(like, lambda: compiled_quickly(first_state)(state_key), asdict(settings))
+    made = step_of(
+        settings,
+        model,
+        coupling=couplings_by_name()[settings.coupling],
+        source=None if settings.coupling == "fixed" else training.standard_normal,
+    )
+    stream = batches(settings, images.train, training.process_rows(settings.batch))
+    return run(settings, model, start, step=made, batches=stream, probe=probe, folder=folder)
+
+
+class Start(NamedTuple):
+    """Where a training begins: shapes of its state, what makes the first one, the checkpoints' configuration."""
+
+    like: training.TrainState
+    first: Callable[[], training.TrainState]
+    config: dict[str, Any]
+
+
+def step_of(
+    settings: Settings, model: Model, *, coupling: Coupling, source: Callable[[Key, Array], Array] | None
+) -> training.TrainStep:
+    """The step on all devices."""
+    return training.parallelize(
         training.make_train_step(
             model.apply,
             constant_noise(settings.sigma),
-            optimizer,
-            coupling=couplings_by_name()[settings.coupling],
-            source=None if settings.coupling == "fixed" else training.standard_normal,
+            optimizer_of(settings),
+            coupling=coupling,
+            source=source,
             dropout=settings.network.get("dropout", 0.0) > 0,
             ema_decay=settings.ema_decay,
             micro_batches=settings.micro_batches,
@@ -133,9 +138,30 @@ def train(
             axis_name=training.AXIS,
         )
     )
-    kept = Checkpoints(folder / "checkpoints", config=asdict(settings), keep_every=5 * settings.save_every)
+
+
+def run(
+    settings: Settings,
+    model: Model,
+    start: Start,
+    *,
+    step: training.TrainStep,
+    batches: Callable[[int], Any],
+    probe: PathSample,
+    folder: Path,
+    label: str = "training",
+) -> tuple[training.TrainState, list[dict[str, Any]]]:
+    """One training in one folder, with checkpoints, logged metrics and the gradient variance on `probe`.
+
+    Returns:
+        The state on the first device, before the last step if it was stopped, and the rows of metrics.csv.
+
+    Raises:
+        NonFiniteLossError, CheckpointError, ConfigMismatchError: see there.
+    """
+    kept = Checkpoints(folder / "checkpoints", config=start.config, keep_every=5 * settings.save_every)
     with kept as checkpoints, stop_on_sigterm() as stop:
-        state = checkpoints.restore(jax.eval_shape(first_state, state_key)) or _compiled_quickly(first_state)(state_key)
+        state = checkpoints.restore(start.like) or start.first()
         with training.MetricsLog(folder, step=int(state.step)) as log:
 
             def on_log(state: training.TrainState, loss: float) -> None:
@@ -145,22 +171,16 @@ def train(
             state, _ = training.fit(
                 state,
                 step,
-                batches(settings, images.train, training.process_rows(settings.batch)),
+                batches,
                 steps=settings.steps,
                 log_every=settings.log_every,
                 on_log=on_log,
                 save_every=settings.save_every,
                 save=checkpoints.save,
                 stop=stop if jax.process_count() == 1 else _now_and_then(stop),
-                progress="training",
+                progress=label,
             )
             return training.on_first_device(state), log.rows
-
-
-def _compiled_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
-    """For a function that runs once: the draws of a U-Net's parameters take 20 s to compile with all optimizations."""
-    quick = {"xla_backend_optimization_level": 0} if jax.default_backend() == "cpu" else None
-    return jax.jit(function, compiler_options=quick)
 
 
 def _now_and_then(stop: Callable[[], bool]) -> Callable[[], bool]:

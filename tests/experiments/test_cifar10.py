@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -30,7 +31,7 @@ def start(*arguments, cwd):
 
 def finish(process):
     """Exit status, standard output and standard error."""
-    output, errors = process.communicate(timeout=300)
+    output, errors = process.communicate(timeout=900)
     return process.returncode, output, errors
 
 
@@ -117,13 +118,81 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(tmp_path):
     assert not (tmp_path / "run" / "results.json").exists()
 
 
+@pytest.fixture(scope="module")
+def reflow(smoke, tmp_path_factory):
+    """Two rounds without a break; and the finished single round, resumed with a second one, killed in it, resumed."""
+    folder = tmp_path_factory.mktemp("reflow")
+    whole = start("--out", "whole", "--rounds", "2", cwd=folder)
+    shutil.copytree(smoke[0] / "whole", folder / "extended")
+    extended = start("--out", "extended", "--resume", "--rounds", "2", cwd=folder)
+    half = folder / "extended" / "rounds" / "2" / "checkpoints" / "step_000000004"
+    while extended.poll() is None and not half.exists():
+        time.sleep(0.05)
+    extended.kill()
+    extended.communicate()
+    assert half.exists()
+    assert "rounds" not in json.loads((folder / "extended" / "results.json").read_text())
+    for process in (whole, start("--out", "extended", "--resume", "--rounds", "2", cwd=folder)):
+        done = finish(process)
+        assert done[0] == 0, done[2]
+    return folder
+
+
+def test_a_second_round_leaves_the_first_as_it_is(smoke, reflow):
+    """Catches a round 1 that is trained, sampled or named otherwise because another one follows."""
+    one, two = (json.loads((path / "whole" / "results.json").read_text()) for path in (smoke[0], reflow))
+    rounds = two.pop("rounds")
+    assert one == two
+    assert [row["round"] for row in rounds] == [1, 2]
+
+
+def test_rounds_have_the_promised_keys(reflow):
+    """Catches a measure that is left out or is of another round: round 2 keeps the pairs that round 1 made."""
+    first, second = json.loads((reflow / "whole" / "results.json").read_text())["rounds"]
+    for row in (first, second):
+        assert row["straightness"] > 0
+        assert 0 <= row["memorized_low"] <= row["memorized"] <= row["memorized_high"] <= 1
+        assert [few["steps"] for few in row["euler"]] == [1, 2]
+        assert row["euler"][1]["error"] < row["euler"][0]["error"]
+        assert min(few[f"distance_{split}"] for few in row["euler"] for split in ("train", "test")) > 0
+    assert (first["pairs"], first["pair_l2_train"], first["pair_l2_held_out"]) == (None, None, None)
+    assert second["pairs"] == 16
+    assert 0 < second["pair_l2_train"] < 1  # two independent images are 8 apart
+    assert 0 < second["pair_l2_held_out"] < 1
+    assert second["loss_pairs"] < 0.1
+    assert [row["step"] for row in second["training"]] == [2, 4, 6]
+    assert [row["solver"] for row in second["samples"]] == ["euler", "dopri5"]
+    figures = {path.name for path in (reflow / "whole" / "figures").iterdir()}
+    assert {"rounds.png", "rounds.pdf", "rounds.csv", "training_round_2.png", "samples_round_2_euler_4.png"} <= figures
+    with np.load(reflow / "whole" / "samples.npz") as samples:
+        assert samples["round_2_euler_4"].shape == samples["euler_4"].shape
+
+
+def test_a_round_that_was_killed_and_resumed_ends_in_the_same_bits(reflow):
+    """Catches pairs of other noise, a round that starts at other parameters, and batches that are skipped."""
+    for name in ("results.json", "samples.npz", "rounds/2/metrics.csv", "rounds/2/x0.npy", "rounds/2/x1.npy"):
+        assert (reflow / "extended" / name).read_bytes() == (reflow / "whole" / name).read_bytes(), name
+
+
+def test_rounds_resumed_with_another_number_of_pairs_are_refused(reflow):
+    """Catches pairs of other settings that are taken over silently: one line, exit 2."""
+    options = ("--out", "whole", "--resume", "--rounds", "2", "--pairs", "8")
+    status, _, errors = finish(start(*options, cwd=reflow))
+    assert status == 2
+    assert "the pairs of round 2 must be those of the run" in errors
+    assert errors.strip().count("\n") == 0
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         ({"steps": 0}, "--steps must be an integer >= 1, got 0"),
         ({"sigma": -0.1}, "--sigma must be >= 0 and finite, got -0.1"),
         ({"sigma": float("nan")}, "--sigma must be"),
-        ({"rounds": 2}, r"--rounds must be 1 \(ReFlow rounds are not implemented yet\), got 2"),
+        ({"rounds": 0}, "--rounds must be an integer >= 1, got 0"),
+        ({"rounds": 2, "distributed": True, "out": "x"}, r"--rounds must be 1 with --distributed .*, got 2"),
+        ({"rounds": 2, "pairs": 1}, "--pairs must be >= 2, got 1"),
+        ({"pairs": 10}, "--pairs must come with --rounds above 1, got 10 pairs and 1 round"),
         ({"samples": 1}, "--samples must be >= 2, got 1"),
         ({"euler": (10, 10)}, "--euler must hold at least one number and no number twice"),
         ({"tolerance": 0.0}, "--tolerance must be > 0"),
