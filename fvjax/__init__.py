@@ -11,6 +11,7 @@ from fvjax import gradients as gradients
 from fvjax import interpolants as interpolants
 from fvjax import losses as losses
 from fvjax import metrics as metrics
+from fvjax import pairs as pairs
 from fvjax import sites as sites
 from fvjax.flows import straightness as straightness
 from fvjax.flows import trajectory as trajectory
@@ -34,6 +35,10 @@ from fvjax.interpolants import smooth_bridge as smooth_bridge
 from fvjax.interpolants import trigonometric as trigonometric
 from fvjax.losses import batch_loss as batch_loss
 from fvjax.losses import squared_error as squared_error
+from fvjax.pairs import empirical_minimiser as empirical_minimiser
+from fvjax.pairs import identifiability as identifiability
+from fvjax.pairs import memorizing_field as memorizing_field
+from fvjax.pairs import sigma_critical as sigma_critical
 from fvjax.sites import square_norms as square_norms
 from fvjax.types import AffineMap as AffineMap
 from fvjax.types import Coupling as Coupling
@@ -59,18 +64,23 @@ __all__ = [
     "couplings",
     "draw_path",
     "draw_paths",
+    "empirical_minimiser",
     "flows",
     "gaussian",
     "gaussian_source",
     "gradient_moments",
     "gradient_noise_scale",
     "gradients",
+    "identifiability",
     "interpolants",
     "linear",
     "losses",
+    "memorizing_field",
     "merge_moments",
     "metrics",
+    "pairs",
     "per_example_gradients",
+    "sigma_critical",
     "sites",
     "smooth_bridge",
     "square_norms",
