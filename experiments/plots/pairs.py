@@ -52,8 +52,8 @@ def pair_training(rows: Sequence[Row], *, title: str) -> Figure:
                 steps = column(chosen, "step")
                 axes.plot(steps, column(chosen, f"l2_{target}"), color=color, label=f"to the {label}", marker=".", ms=4)
         axes.set_title(rf"$\sigma$ = {sigma:g}", fontsize=10)
-        axes.set_ylim(bottom=0)
         axes.set_xlabel("training step")
+    panels[0].set_ylim(bottom=0)
     panels[0].set_ylabel("mean L2 distance\n(training sources)")
     upper.legend(*panels[0].get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     for axes, key, label in zip(
@@ -89,6 +89,7 @@ def sigma_curve(rows: Sequence[Row], minimiser: Sequence[Row], critical: Mapping
         _sigma_axis(axes, [row["sigma"] for row in rows])
         axes.set_title("training sources" if split == "train" else "held-out sources", fontsize=10)
     train = panels[0]
+    train.set_ylim(bottom=0)
     train.axvline(critical["predicted"], color=GREY, ls="--", label=r"predicted $\sigma_c$")
     for name, color in (("minimiser", "black"), ("networks", GREEN)):
         if critical["measured"][name] is not None:
@@ -105,7 +106,6 @@ def _sigma_axis(axes: Axes, sigmas: Sequence[float]) -> None:
     if positive:
         axes.set_xscale("symlog", linthresh=min(positive))
     axes.set_xlim(left=0)
-    axes.set_ylim(bottom=0)
     axes.set_xticks(sorted(set(sigmas)), [f"{sigma:g}" for sigma in sorted(set(sigmas))])
     axes.xaxis.set_minor_formatter(NullFormatter())
     axes.set_xlabel(r"noise scale $\sigma$")
