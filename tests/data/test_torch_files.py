@@ -16,7 +16,7 @@ import pytest
 from hypothesis import strategies as st
 
 from fvjax.data import DataError
-from fvjax.data.ot_benchmark._torch_files import read_state_dict, read_torch
+from fvjax.data._torch_files import read_state_dict, read_torch
 
 STORAGES = {"<f4": "Float", "<f8": "Double", "<f2": "Half", "<i8": "Long", "<i4": "Int", "|u1": "Byte", "|b1": "Bool"}
 NUMBERS = np.arange(12, dtype="<f4")

@@ -17,8 +17,8 @@ import numpy as np
 
 from fvjax import _validate
 from fvjax.data import _cache
+from fvjax.data._torch_files import read_state_dict
 from fvjax.data._types import DataError
-from fvjax.data.ot_benchmark._torch_files import read_state_dict
 from fvjax.data.ot_benchmark._types import OptimalPairs
 from fvjax.types import Array, Key, Pair, Params
 

@@ -203,7 +203,7 @@ def _read(path: Path, dim: int) -> tuple[Path, dict[str, np.ndarray]]:
         if archive.is_file():
             return archive, _read_archive(archive)
         if all(file.is_file() for file in networks):
-            from fvjax.data.ot_benchmark._torch_files import read_state_dict
+            from fvjax.data._torch_files import read_state_dict
 
             arrays = {
                 f"{name}/{key.replace('.', '/')}": value
