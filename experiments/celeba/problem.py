@@ -77,7 +77,7 @@ def find_source(
             )
         pairs = ot_benchmark.celeba64(ot_source, which)
         notice = f"the Wasserstein-2 benchmark's CelebA64 pairs ({which}): generated faces, no data set"
-        return Source(f"celeba64_{which.lower()}", pairs.name, notice, pairs, pairs)
+        return Source(pairs.name, "wasserstein2_benchmark", notice, pairs, pairs)
     images, notice = _images(name, data_dir, size)
     train, test = (
         ot_benchmark.convex_pairs(images, split=split, amount=amount, sharpness=sharpness)
