@@ -15,6 +15,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from fvjax import _validate
+from fvjax.nets._state_dict import check_arrays, some
 from fvjax.types import Array, Key, Params
 
 SIDE = 64
@@ -293,23 +294,7 @@ def _pixels_first(array: np.ndarray) -> np.ndarray:
 
 def _check_state(state: Mapping[str, np.ndarray], shapes: Mapping[str, tuple[int, ...]]) -> None:
     """Refuses a state dict with other arrays than those of `shapes`, or with numbers that are not finite."""
-    found = {name: np.shape(value) for name, value in state.items() if not name.endswith(".num_batches_tracked")}
-    problems = {
-        "missing": [name for name in shapes if name not in found],
-        "unexpected": [name for name in found if name not in shapes],
-        "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in shapes.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    listed = "; ".join(f"{problem}: {_some(which)}" for problem, which in problems.items() if which)
-    if listed:
-        raise ValueError(f"state_dict must hold exactly the arrays of this network, got {listed}")
+    check_arrays({name: value for name, value in state.items() if not name.endswith(".num_batches_tracked")}, shapes)
     wrong = [name for name in shapes if state[name].dtype.kind != "f" or not np.all(np.isfinite(state[name]))]
     if wrong:
-        raise ValueError(f"state_dict must hold finite floating-point numbers, got others in {_some(wrong)}")
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
+        raise ValueError(f"state_dict must hold finite floating-point numbers, got others in {some(wrong)}")

@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fvjax.data._torch_files import read_torch
+from fvjax.nets._state_dict import check_arrays, some
 from fvjax.nets.unet import number_of_groups, unet
 from fvjax.types import Array, Params
 
@@ -78,19 +79,7 @@ def from_torch(state_dict: Mapping[str, Any], dims: tuple[int, int, int], **opti
     if all(name.startswith("module.") for name in state_dict):
         state_dict = {name.removeprefix("module."): value for name, value in state_dict.items()}
     shapes = dict(names.values())
-    found = {name: tuple(np.shape(value)) for name, value in state_dict.items()}
-    problems = {
-        "missing": [name for name in shapes if name not in found],
-        "unexpected": [name for name in found if name not in shapes],
-        "of another shape": [
-            f"{name} {found[name]} instead of {shape}"
-            for name, shape in shapes.items()
-            if found.get(name, shape) != shape
-        ],
-    }
-    listed = "; ".join(f"{problem}: {_some(which)}" for problem, which in problems.items() if which)
-    if listed:
-        raise ValueError(f"state_dict must hold exactly the arrays of this architecture, got {listed}")
+    check_arrays(state_dict, shapes)
     arrays = {ours: _from_torch_layout(_array(state_dict[theirs])) for ours, (theirs, _) in names.items()}
     return unflatten_dict(arrays, sep="/")
 
@@ -158,10 +147,6 @@ def _from_torch_layout(array: np.ndarray) -> Array:
 def _array(value: Any) -> np.ndarray:
     """A tensor or an array in float32; numpy itself reads no half precision of PyTorch's."""
     return np.asarray(value.detach().float() if hasattr(value, "detach") else value, np.float32)
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:4]) + (f" and {len(names) - 4} more" if len(names) > 4 else "")
 
 
 def save_params(path: str | Path, params: Params) -> None:
@@ -282,7 +267,7 @@ def _entry(content: Any, path: Path, key: str | None) -> Mapping[str, Any]:
         str(name) for name, value in chosen.items() if not (isinstance(name, str) and isinstance(value, np.ndarray))
     ]
     if other or not chosen:
-        raise ValueError(f"{path} must hold a dict of tensors, got {_some(other) or 'an empty one'}")
+        raise ValueError(f"{path} must hold a dict of tensors, got {some(other) or 'an empty one'}")
     return chosen
 
 
