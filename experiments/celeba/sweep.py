@@ -35,10 +35,7 @@ def critical(settings: Settings, trained: Pair, cells: Sequence[Cell]) -> dict[s
         None if the share of the networks does not pass one half between two of their sigmas.
     """
     measured = finite.sigma_critical(
-        trained,
-        interpolant=INTERPOLANTS[settings.interpolant],
-        sources=min(SOURCES, settings.minimiser_sources, len(trained.x0)),
-        key=jax.random.key(settings.seed),
+        trained, interpolant=INTERPOLANTS[settings.interpolant], **_sources(settings, trained)
     )
     shares = {cell.sigma: row["recovered"] for cell in cells for row in cell.rows if row["split"] == "train"}
     return {
@@ -49,6 +46,12 @@ def critical(settings: Settings, trained: Pair, cells: Sequence[Cell]) -> dict[s
             "networks": crossing(list(shares), list(shares.values())),
         },
     }
+
+
+def _sources(settings: Settings, trained: Pair) -> dict[str, Any]:
+    """The sources that are looked at."""
+    count = min(SOURCES, settings.minimiser_sources, len(trained.x0))
+    return {"sources": count, "key": jax.random.key(settings.seed)}
 
 
 def run(
@@ -70,7 +73,9 @@ def run(
         log_every, save_every = log_and_save(steps)
         scaled = replace(settings, pairs=size, steps=steps, log_every=log_every, save_every=save_every)
         trainer = Trainer(scaled)
-        predicted = finite.predicted_sigma_critical(problem.trained, INTERPOLANTS[settings.interpolant]).predicted
+        predicted = finite.predicted_sigma_critical(
+            problem.trained, INTERPOLANTS[settings.interpolant], **_sources(scaled, problem.trained)
+        ).predicted
         cells = [
             run_cell(
                 trainer,
