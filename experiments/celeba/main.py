@@ -175,10 +175,9 @@ def main(config: Config, folder: RunFolder) -> None:
         f"data {source.data}, {settings.pairs} + {settings.held_out} pairs {settings.dims}, OT from {source.ot_source};"
         f" {settings.network}, {settings.steps} steps of {settings.batch}"
     )
+    record = {"config": asdict(config), "settings": asdict(settings), "environment": environment()}
     if not config.resume:
-        folder.write_json(
-            "config.json", {"config": asdict(config), "settings": asdict(settings), "environment": environment()}
-        )
+        folder.write_json("config.json", record)
     key = jax.random.fold_in(jax.random.key(settings.seed), 7)
     problem = draw(key, source, settings.coupling, pairs=settings.pairs, held_out=settings.held_out)
     try:
@@ -188,6 +187,7 @@ def main(config: Config, folder: RunFolder) -> None:
         print(f"stopped: {stopped}; go on with --out {folder.path} --resume")
         return
     results = _results(settings, problem, done, swept=swept)
+    folder.write_json("config.json", record)  # a resumed run may have further sigmas and sizes
     folder.write_json("results.json", results)
     for name in ("rows", "solvers", "rounds", "minimiser", "baselines"):
         if results[name]:
