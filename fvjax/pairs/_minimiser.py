@@ -45,9 +45,10 @@ def empirical_minimiser(
     x with nan                       nan
     ===============================  ==================================================================================
 
-    Accuracy: log weights that count are right to 1e-3 and the rounding of x itself, also where |x - m_i|^2 is far below
-    the rounding error of |x|^2 (float32, sigma = 1e-3, norms of 100): pairs that compete for the weight are compared by
-    their differences, 16 at a time. Where thousands compete at such a sigma the result is right, but slow.
+    Accuracy: log weights that count are right to 1e-2 (usually 1e-3) and the rounding of x itself, also where
+    |x - m_i|^2 is far below the rounding error of |x|^2 (float32, sigma = 1e-3, norms of 100): pairs that compete for
+    the weight are compared by their differences, 16 at a time. Where thousands compete at such a sigma the result is
+    right, but slow.
 
     Differentiable in x and t, forward and in reverse; the derivatives of the weights are those of the products, with a
     rounding error of epsilon |x| |m_i| / gamma^2. Under `vmap` over x (and t) the sums over pairs are matrix
@@ -146,7 +147,7 @@ def pair_log_weights(
     =============================  ====================================================================================
     gamma(t) = 0                   the pairs with m_i nearest to x share the weight in proportion to pi; -inf elsewhere
     pi_i = 0                       -inf
-    log w_i << 0                   right to 1e-3 wherever w_i counts (log w_i above -40 or so); below, to the rounding
+    log w_i << 0                   right to 1e-2 wherever w_i counts (log w_i above -40 or so); below, to the rounding
                                    error of |x| |m_i| / gamma^2
     =============================  ====================================================================================
 

@@ -28,8 +28,13 @@ DIRECT = 3
 BLOCK = 16
 """Pairs that are refined at a time."""
 
-TOLERANCE = 1e-3
-"""Rounding error of a log weight, in nats, below which products are good enough."""
+TOLERANCE = 1e-2
+"""Rounding error of a log weight, in nats, below which products are good enough; what is typical is a tenth of it.
+
+Where noise is so large that all pairs share the weight, 2 gamma^2 is at least |m_i - m_a|^2 / 26 in float32, and then
+the error of the products is below this for 12,288 dimensions, too (sigma = 5 ... 44 on normal pairs). With 3e-3 nearly
+all pairs were refined at sigma = 14, which took 20 times as long.
+"""
 
 _dot = partial(jnp.dot, precision=jax.lax.Precision.HIGHEST)  # the default is TF32 on a GPU, bfloat16 on a TPU
 
@@ -154,12 +159,14 @@ class _Refinement(NamedTuple):
     length: Array
     prior: Array
 
-    def rounding(self, of: "Part | Geometry") -> Array:
-        """Bound on the error of the rough costs, [n]; [] of the largest of all pairs.
+    def rounding(self, of: "Part | Geometry", *, bound: bool) -> Array:
+        """Error of the rough costs, [n]; [] of the largest of all pairs: a bound, or what is typical.
 
         A sum of D rounded products is off by epsilon sqrt(D) times the product of norms (random signs, in sequence).
+        Sums in blocks, as matrix products take them, were off by at most 7 epsilon with random data, and by 96 epsilon
+        with 12,288 dimensions that are all equal, where the bound is 127.
         """
-        constant = (16 + self.x.size**0.5) * float(jnp.finfo(self.x.dtype).eps)
+        constant = (16 + bound * self.x.size**0.5) * float(jnp.finfo(self.x.dtype).eps)
         a, b = jnp.abs(self.now.alpha), jnp.abs(self.now.beta)
         sizes = of.square0, of.square1, of.norm0, of.norm1
         square0, square1, norm0, norm1 = sizes if isinstance(of, Part) else map(jnp.max, sizes)
@@ -179,18 +186,18 @@ def _refined(problem: _Refinement, rough: Array) -> tuple[Array, Anchor]:
         rough = state[0]
         index = jnp.argmin(rough)
         anchor = _anchor(part, now, problem.x, index)
-        error = problem.rounding(part)
-        error = error + error[index]
+        error, typical = (problem.rounding(part, bound=bound) for bound in (True, False))
+        error, typical = error + error[index], typical + typical[index]
         takes_part = rough < _huge(rough)
-        unrefined = takes_part & (error > tolerated) & (jnp.arange(len(rough)) != index)
+        unrefined = takes_part & (typical > tolerated) & (jnp.arange(len(rough)) != index)
         relative = (rough - (rough[index] - prior[index])).at[index].set(prior[index])
         values = _refine(problem, anchor, error, (relative, unrefined, prior[index]))
         return jnp.where(takes_part, values, _huge(rough)), anchor, jnp.zeros_like(state[2])
 
-    # A loop of at most one turn: `cond` would compute both sides under `vmap`. The bound is that of all pairs, so that
+    # A loop of at most one turn: `cond` would compute both sides under `vmap`. The error is that of all pairs, so that
     # all chunks decide alike and their costs can be compared.
     zeros = jnp.zeros_like(problem.x)
-    state = rough, Anchor(zeros, zeros, zeros), 2 * problem.rounding(problem.geometry) > tolerated
+    state = rough, Anchor(zeros, zeros, zeros), 2 * problem.rounding(problem.geometry, bound=False) > tolerated
     values, anchor, _ = jax.lax.while_loop(lambda state: state[2], anchored, state)
     return values, anchor
 
