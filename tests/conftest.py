@@ -34,6 +34,13 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fvjax")
 
 
+@pytest.fixture(scope="module", autouse=True)
+def forget_compilations() -> Iterator[None]:
+    """What one file has traced and compiled is of no use to the next; kept, it grows to 5 GB, and all gets slower."""
+    yield
+    jax.clear_caches()
+
+
 @pytest.fixture
 def x64() -> Iterator[None]:
     """Float64 for one test."""
