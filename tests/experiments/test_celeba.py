@@ -42,7 +42,7 @@ def finish(process):
 def smoke(tmp_path_factory):
     """A whole run with every part, and one that was killed in the middle of its second network and resumed."""
     folder = tmp_path_factory.mktemp("celeba")
-    options = ("--sigma", "0", "0.5", "--reflow", "--sizes", "8")
+    options = ("--sigma", "0", "0.5", "--reflow", "--sizes", "16")  # the number of pairs: compiled already
     whole, killed = (start(*options, "--out", name, cwd=folder) for name in ("whole", "killed"))
     while killed.poll() is None and not (folder / "killed" / "cells" / "independent_sigma_0" / "checkpoints").exists():
         time.sleep(0.05)
@@ -112,7 +112,7 @@ def test_results_have_the_promised_keys(smoke):
     assert results["optimality"]["optimal"]
     assert results["sigma_c_predicted"] > 0
     assert results["sigma_c_measured"]["minimiser"] > 0
-    assert results["sweep"]["critical"][0]["pairs"] == 8
+    assert results["sweep"]["critical"][0]["pairs"] == 16
 
 
 def test_the_exact_minimiser_returns_its_pairs_without_noise(smoke):
