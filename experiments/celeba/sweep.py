@@ -23,9 +23,6 @@ REFERENCE = 200
 LENGTHS: what few pairs need to be memorized does not suffice for many."""
 LENGTHS = (0.5, 2.0)
 
-SOURCES = 500
-"""At most so many sources show where the exact minimiser lets go."""
-
 
 def critical(settings: Settings, trained: Pair, cells: Sequence[Cell]) -> dict[str, Any]:
     """sigma_c of one set of pairs: the prediction, and where half of the sources no longer return, measured twice.
@@ -49,9 +46,8 @@ def critical(settings: Settings, trained: Pair, cells: Sequence[Cell]) -> dict[s
 
 
 def _sources(settings: Settings, trained: Pair) -> dict[str, Any]:
-    """The sources that are looked at."""
-    count = min(SOURCES, settings.minimiser_sources, len(trained.x0))
-    return {"sources": count, "key": jax.random.key(settings.seed)}
+    """The sources that show where the exact minimiser lets go."""
+    return {"sources": min(settings.minimiser_sources, len(trained.x0)), "key": jax.random.key(settings.seed)}
 
 
 def run(
