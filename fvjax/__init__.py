@@ -25,6 +25,7 @@ from fvjax.gradients import time_bins as time_bins
 from fvjax.gradients import total_variance as total_variance
 from fvjax.gradients import variance_by_leaf as variance_by_leaf
 from fvjax.interpolants import Interpolant as Interpolant
+from fvjax.interpolants import bridge_drift as bridge_drift
 from fvjax.interpolants import brownian_bridge as brownian_bridge
 from fvjax.interpolants import constant_noise as constant_noise
 from fvjax.interpolants import draw_path as draw_path
@@ -59,6 +60,7 @@ __all__ = [
     "PathSample",
     "VelocityField",
     "batch_loss",
+    "bridge_drift",
     "brownian_bridge",
     "constant_noise",
     "couplings",

@@ -10,6 +10,10 @@ name                    alpha                 beta              gamma
 `trigonometric()`       cos(pi t / 2)         sin(pi t / 2)     0
 `gaussian_source(s)`    1 - (1 - s) t         t                 0, and x0 ~ N(0, I)
 ======================  ====================  ================  ==========================
+
+The regression target is the velocity u_t = alpha' x0 + beta' x1 + gamma' z, whose minimiser is the field of an ODE.
+That of `bridge_drift(s)`, which has the law of `brownian_bridge(s)`, is the drift of a diffusion: another multiple of
+z.
 """
 
 from collections.abc import Callable
@@ -29,7 +33,10 @@ BRIDGE_TIMES = (1e-3, 1.0 - 1e-3)
 
 
 class Coefficients(NamedTuple):
-    """alpha, beta, gamma and their time derivatives at one time, each of shape []."""
+    """alpha, beta, gamma at one time and what multiplies x0, x1, z in the target there, each of shape [].
+
+    That are the time derivatives, but for an interpolant with a `noise_target`, whose value is `gamma_rate`.
+    """
 
     alpha: Array
     beta: Array
@@ -53,6 +60,8 @@ class Interpolant(NamedTuple):
         noise_rate: gamma gamma' = (gamma^2)' / 2. Needed only where gamma' is infinite and this product is not (the
             ends of the Brownian bridge); by default the product itself.
         time_range: the interval in [0, 1] from which t is drawn and over which exact results integrate.
+        noise_target: multiplies z in the regression target in place of gamma', which is the default. With it
+            `noise_rate`, where it is given, is gamma times `noise_target`.
     """
 
     alpha: Coefficient
@@ -60,9 +69,10 @@ class Interpolant(NamedTuple):
     gamma: Coefficient
     noise_rate: Coefficient | None = None
     time_range: tuple[float, float] = (0.0, 1.0)
+    noise_target: Coefficient | None = None
 
     def coefficients(self, t: Scalar) -> Coefficients:
-        """alpha, beta, gamma at time `t` (shape []), and their derivatives by forward differentiation."""
+        """alpha, beta, gamma at time `t` (shape []), and their rates: derivatives by forward differentiation."""
         t = _floating_time(t)
 
         def values(s: Array) -> tuple[Array, Array, Array]:
@@ -70,10 +80,13 @@ class Interpolant(NamedTuple):
             return jnp.asarray(a, s.dtype), jnp.asarray(b, s.dtype), jnp.asarray(c, s.dtype)
 
         primal, rates = jax.jvp(values, (t,), (jnp.ones_like(t),))
-        return Coefficients(*primal, *rates)
+        found = Coefficients(*primal, *rates)
+        if self.noise_target is None:
+            return found
+        return found._replace(gamma_rate=jnp.asarray(self.noise_target(t), t.dtype))
 
     def noise_drift(self, t: Scalar) -> Array:
-        """gamma(t) gamma'(t), shape []: what the noise adds to Cov(u_t, x_t)."""
+        """gamma(t) gamma'(t), shape [], or gamma(t) noise_target(t): what the noise adds to Cov(u_t, x_t)."""
         t = _floating_time(t)
         if self.noise_rate is not None:
             return jnp.asarray(self.noise_rate(t), t.dtype)
@@ -92,8 +105,15 @@ def as_pytree(interpolant: Interpolant) -> Interpolant:
     def wrap(f: Coefficient) -> Coefficient:
         return f if isinstance(f, Partial) else Partial(f)
 
-    alpha, beta, gamma, noise_rate, time_range = interpolant
-    return Interpolant(wrap(alpha), wrap(beta), wrap(gamma), noise_rate and wrap(noise_rate), time_range)
+    alpha, beta, gamma, noise_rate, time_range, noise_target = interpolant
+    return Interpolant(
+        wrap(alpha),
+        wrap(beta),
+        wrap(gamma),
+        noise_rate and wrap(noise_rate),
+        time_range,
+        noise_target and wrap(noise_target),
+    )
 
 
 def _zero(t: Array) -> Array:
@@ -118,6 +138,16 @@ def _brownian(sigma: Scalar, t: Array) -> Array:
 
 def _brownian_drift(sigma: Scalar, t: Array) -> Array:
     return jnp.asarray(sigma, t.dtype) ** 2 * (1 - 2 * t) / 2
+
+
+def _drift_of_noise(sigma: Scalar, t: Array) -> Array:
+    # Finite at t = 1, like gamma' of the bridge: the value one machine epsilon inside.
+    left = jnp.clip(1 - t, float(jnp.finfo(t.dtype).eps))
+    return -jnp.asarray(sigma, t.dtype) * jnp.sqrt(jnp.clip(t, 0) / left)
+
+
+def _bridge_drift_rate(sigma: Scalar, t: Array) -> Array:
+    return -(jnp.asarray(sigma, t.dtype) ** 2) * t
 
 
 def _smooth(sigma: Scalar, t: Array) -> Array:
@@ -200,6 +230,43 @@ def brownian_bridge(sigma: Scalar, *, time_range: tuple[float, float] = BRIDGE_T
     return _straight(Partial(_brownian, sigma), noise_rate=Partial(_brownian_drift, sigma), time_range=time_range)
 
 
+def bridge_drift(sigma: Scalar, *, time_range: tuple[float, float] = BRIDGE_TIMES) -> Interpolant:
+    r"""The Brownian bridge with the target of a diffusion's drift: bridge matching, DSBM.
+
+    x_t = (1 - t) x0 + t x1 + sigma sqrt(t (1 - t)) z, and the target is the drift of the bridge that is pinned at x1,
+
+        (x1 - x_t) / (1 - t) = x1 - x0 - sigma sqrt(t / (1 - t)) z.
+
+    Its minimiser is the drift f of the diffusion dX = f(X, t) dt + sigma dB that has the law of x_t at every time t
+    (the Markovian projection of the bridges), where that of `brownian_bridge` is the velocity of an ODE that has. The
+    diffusion backward in time is the same with the ends swapped: train on Pair(x1, x0), with the time s = 1 - t.
+
+    ===========  ===============================================================================================
+    t = 0        the target is x1 - x0
+    t = 1        the target's second moment is infinite, ~ sigma^2 d / (1 - t): hence `time_range`. The multiple
+                 of z is the value one machine epsilon inside, finite and negative, never nan
+    sigma = 0    `linear` (on `time_range`)
+    ===========  ===============================================================================================
+
+    Args:
+        sigma: noise scale of the Brownian motion, in units of x, shape [].
+        time_range: t is drawn from it; one that ends at 1 makes exact variances infinite.
+
+    Raises:
+        ValueError: if `sigma` is concrete and negative, or `time_range` is no interval in [0, 1].
+
+    Source: Shi et al. 2023 (DSBM), eq. 8 and algorithm 1.
+    """
+    _validate.nonnegative("sigma", sigma)
+    _validate.interval("time_range", time_range, 0.0, 1.0)
+    return _straight(
+        Partial(_brownian, sigma),
+        noise_rate=Partial(_bridge_drift_rate, sigma),
+        time_range=time_range,
+        noise_target=Partial(_drift_of_noise, sigma),
+    )
+
+
 def smooth_bridge(sigma: Scalar) -> Interpolant:
     """Noise that vanishes smoothly at both ends, gamma = sigma sin^2(pi t), with gamma' = sigma pi sin(2 pi t) finite.
 
@@ -243,7 +310,8 @@ def path_at(pair: Pair, interpolant: Interpolant, t: Scalar, z: Array) -> PathSa
         z: standard noise, [*dims].
 
     Returns:
-        PathSample(t, x_t, u_t) with u_t = alpha' x0 + beta' x1 + gamma' z.
+        PathSample(t, x_t, u_t) with u_t = alpha' x0 + beta' x1 + gamma' z; `noise_target` in place of gamma', if there
+        is one.
 
     Raises:
         ValueError: if the shapes of x0, x1 and z differ, or x0 and x1 are not of one floating-point dtype.

@@ -107,6 +107,35 @@ def test_brownian_bridge_at_its_ends(t: float, side: int, sigma: float, double: 
         assert float(bridge.noise_drift(t)) == side * sigma**2 / 2
 
 
+@given(x0=vectors, x1=vectors, z=vectors, sigma=sigmas, t=st.floats(0, 1 - 1e-6))
+def test_bridge_drift_points_at_the_target(x64: None, x0: Array, x1: Array, z: Array, sigma: float, t: float) -> None:
+    """Catches the velocity in place of the drift, and a bridge of another law: (x1 - x_t) / (1 - t), and x_t itself."""
+    sample = path(Pair(x0, x1), interpolants.bridge_drift(sigma), t, z)
+    np.testing.assert_allclose(sample.target, (x1 - sample.x) / (1 - t), rtol=1e-8, atol=1e-8)
+    np.testing.assert_array_equal(sample.x, path(Pair(x0, x1), brownian_bridge(sigma), t, z).x)
+
+
+@given(sigma=sigmas, t=st.floats(0, 1 - 1e-6))
+def test_noise_drift_of_a_bridge_drift(x64: None, sigma: float, t: float) -> None:
+    """Catches gamma gamma' where the diffusion has gamma times its own multiple of z, -sigma^2 t."""
+    c = coefficients(interpolants.bridge_drift(sigma), t)
+    np.testing.assert_allclose(noise_drift(interpolants.bridge_drift(sigma), t), c.gamma * c.gamma_rate, atol=1e-14)
+    np.testing.assert_allclose(c.gamma * c.gamma_rate, -(sigma**2) * t, rtol=1e-9, atol=1e-14)
+
+
+@pytest.mark.parametrize("double", [False, True])
+@pytest.mark.parametrize("t", [0, 1, 0.0, 1.0])
+def test_bridge_drift_at_its_ends(t: float, double: bool) -> None:
+    """Catches nan or inf at the singular end, noise in the target at t = 0, and a slope in sigma that is not finite."""
+    with jax.enable_x64(double):
+        one = jnp.ones(2)
+        target = lambda s: path_at(Pair(2 * one, 5 * one), interpolants.bridge_drift(s), t, one).target  # noqa: E731
+        assert np.all(np.isfinite(target(0.5)))
+        assert np.all(np.isfinite(jax.jacfwd(target)(0.5)))
+        assert np.all(target(0.5) == 3) if t == 0 else np.all(target(0.5) < -100)
+        np.testing.assert_array_equal(target(0.0), 3 * one)
+
+
 @pytest.mark.parametrize("name", WITH_NOISE)
 @given(t=st.floats(0, 1))
 def test_without_noise_every_straight_interpolant_is_linear(x64: None, name: str, t: float) -> None:

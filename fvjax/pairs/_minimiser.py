@@ -134,7 +134,8 @@ def memorizing_field(pairs: Pair, interpolant: Interpolant | None = None, *, chu
     Source: Proposition 2, Reu et al. 2025.
     """
     lines = linear() if interpolant is None else interpolant
-    return empirical_minimiser(pairs, lines._replace(gamma=Partial(jnp.zeros_like), noise_rate=None), chunk=chunk)
+    silent = lines._replace(gamma=Partial(jnp.zeros_like), noise_rate=None, noise_target=None)
+    return empirical_minimiser(pairs, silent, chunk=chunk)
 
 
 def pair_log_weights(
