@@ -117,6 +117,57 @@ def open_run(experiment: str, out: Path | None, *, resume: bool = False) -> RunF
     return RunFolder(out if out is not None else Path("runs") / experiment / stamp, resume=resume)
 
 
+class Cells:
+    """The rows of a run made of independent cells: each is computed, or read where an earlier start finished it.
+
+    Attributes:
+        rows: of all cells so far.
+        training: their learning curves.
+    """
+
+    def __init__(self, folder: RunFolder) -> None:
+        """Cells are kept in cells/ of the run's folder."""
+        self._path = folder.path / "cells"
+        self._folder = RunFolder(self._path, resume=self._path.is_dir())
+        self.rows: list[dict[str, Any]] = []
+        self.training: list[dict[str, Any]] = []
+
+    def add(self, name: str, compute: Callable[[], tuple[list[dict[str, Any]], list[dict[str, Any]]]]) -> None:
+        """Adds the rows and the learning curve of one cell, which are then kept under its name."""
+        path = self._path / f"{name}.json"
+        if path.is_file():
+            kept = json.loads(path.read_text())
+            rows, training = kept["rows"], kept["training"]
+        else:
+            rows, training = compute()
+            self._folder.write_json(path.name, {"rows": rows, "training": training})
+        self.rows += rows
+        self.training += training
+
+
+def keep_config(wanted: Mapping[str, Any], folder: RunFolder, *, resume: bool) -> None:
+    """Writes config.json, or compares it with that of the run that is resumed.
+
+    Args:
+        wanted: every option that the results depend on.
+        folder: of the run.
+        resume: whether a run in that folder goes on.
+
+    Raises:
+        SettingsError: if that run had other settings.
+    """
+    wanted = json.loads(json.dumps(wanted, default=str))
+    path = folder.path / "config.json"
+    if resume and path.is_file():
+        kept = json.loads(path.read_text())["config"]
+        other = sorted(key for key in wanted if wanted[key] != kept.get(key))
+        if other:
+            option = other[0].replace("_", "-")
+            raise SettingsError(f"--{option} must be that of the run, {kept.get(other[0])}, got {wanted[other[0]]}")
+        return
+    folder.write_json("config.json", {"config": wanted, "environment": environment()})
+
+
 def environment() -> dict[str, str]:
     """Versions and machine: what a reader needs to compare two runs."""
     versions = {name: module.__version__ for name, module in (("jax", jax), ("numpy", np), ("fvjax", fvjax))}

@@ -1,7 +1,6 @@
 """Configuration and order of the Wasserstein-2 benchmark; see `python -m experiments.w2_benchmark --help`."""
 
 import functools
-import json
 import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
@@ -11,7 +10,7 @@ from typing import Annotated, Any, Literal, NamedTuple
 import jax
 import tyro
 
-from experiments.common import RunFolder, SettingsError, environment, progress
+from experiments.common import Cells, RunFolder, SettingsError, keep_config, progress
 from experiments.w2_benchmark import cells, references, report
 from experiments.w2_benchmark.cells import Prepared, Row, Settings
 from fvjax import _validate
@@ -139,28 +138,6 @@ def find_dims(folder: Path) -> tuple[int, ...]:
     return dims
 
 
-class Results:
-    """The rows of a run; each part is computed, or read from cells/ where an earlier start has finished it."""
-
-    def __init__(self, folder: RunFolder) -> None:
-        self._path = folder.path / "cells"
-        self._folder = RunFolder(self._path, resume=self._path.is_dir())
-        self.rows: list[Row] = []
-        self.training: list[Row] = []
-
-    def add(self, name: str, compute: Callable[[], tuple[list[Row], list[Row]]]) -> None:
-        """Adds the rows and the losses of one part, which are then kept under its name."""
-        path = self._path / f"{name}.json"
-        if path.is_file():
-            kept = json.loads(path.read_text())
-            rows, training = kept["rows"], kept["training"]
-        else:
-            rows, training = compute()
-            self._folder.write_json(path.name, {"rows": rows, "training": training})
-        self.rows += rows
-        self.training += training
-
-
 def main(config: Config, folder: RunFolder) -> dict[str, Any]:
     """Trains and evaluates every cell, writes everything into `folder` and returns the results."""
     config = _at_toy_size(config) if config.smoke else config
@@ -170,7 +147,8 @@ def main(config: Config, folder: RunFolder) -> dict[str, Any]:
     published = references.read_published(config.published) if config.published else []
     optimal = [mix3tomix10(config.data, dim) for dim in dims]
     settings = _settings(config)
-    _keep_config(config, dims, folder)
+    wanted = {key: value for key, value in asdict(config).items() if key not in {"out", "resume", "published"}}
+    keep_config(wanted | {"dims": dims}, folder, resume=config.resume)
     names = ", ".join(pairs.name for pairs in optimal)
     print(f"w2_benchmark: {names}; couplings {', '.join(config.couplings)}; seed {config.seed}")
 
@@ -179,7 +157,7 @@ def main(config: Config, folder: RunFolder) -> dict[str, Any]:
         key = jax.random.fold_in(jax.random.key(config.seed), dims[place])
         return cells.prepare(optimal[place], config.couplings, settings, key)
 
-    results, jobs = Results(folder), _jobs(config, len(dims))
+    results, jobs = Cells(folder), _jobs(config, len(dims))
     for job in progress(jobs, "cells", len(jobs)):
         name = "_".join(str(part) for part in (optimal[job.place].name, *job[1:]) if part is not None)
         results.add(name, functools.partial(_run, job, prepared, settings))
@@ -216,27 +194,7 @@ def _run(job: Job, prepared: Callable[[int], Prepared], settings: Settings) -> t
     return cells.run_cell(samples, job.coupling, job.sigma, settings)
 
 
-def _keep_config(config: Config, dims: tuple[int, ...], folder: RunFolder) -> None:
-    """Writes config.json, or compares it with that of the run that is resumed.
-
-    Raises:
-        SettingsError: if that run had other settings.
-    """
-    wanted = {key: value for key, value in asdict(config).items() if key not in {"out", "resume", "published"}}
-    wanted = json.loads(json.dumps(wanted | {"dims": dims}, default=str))
-    path = folder.path / "config.json"
-    if config.resume and path.is_file():
-        kept = json.loads(path.read_text())["config"]
-        other = sorted(key for key in wanted if wanted[key] != kept.get(key))
-        if other:
-            key = other[0]
-            option = key.replace("_", "-")
-            raise SettingsError(f"--{option} must be that of the run, {kept.get(key)}, got {wanted[key]}")
-        return
-    folder.write_json("config.json", {"config": wanted, "environment": environment()})
-
-
-def _content(config: Config, settings: Settings, optimal: list[Any], results: Results) -> dict[str, Any]:
+def _content(config: Config, settings: Settings, optimal: list[Any], results: Cells) -> dict[str, Any]:
     data = [
         {"name": p.name, "dim": p.dims[0], "cost": p.cost, "target_variance": p.target_variance, "source": p.source}
         for p in optimal
