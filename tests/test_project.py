@@ -17,6 +17,8 @@ HEAVY = (
     "flax",
     "optax",
     "diffrax",
+    "equinox",
+    "lineax",
     "ott",
     "orbax",
     "tensorflow_datasets",

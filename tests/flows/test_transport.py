@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from fvjax import flows
 from fvjax.flows import straightness, trajectory, transport
+from fvjax.flows._solve import resolve
 
 ORDERS = {"euler": 1, "heun": 2, "midpoint": 2, "tsit5": 5, "dopri5": 5}
 STEPS = {"euler": 500, "heun": 64, "midpoint": 64, "tsit5": 16, "dopri5": 16}
@@ -283,7 +284,7 @@ def test_straightness_does_not_depend_on_the_direction_of_time(x64):
 
 def test_the_three_functions_have_the_same_options():
     """Catches a default or a name that is changed in one place only."""
-    shared = inspect.signature(flows._resolve).parameters
+    shared = inspect.signature(resolve).parameters
     spelled = inspect.signature(transport).parameters
     names = [name for name in shared if name != "x0"]
     assert names == list(flows.SolverOptions.__annotations__)
