@@ -416,9 +416,12 @@ def test_failed_solver_still_gives_a_pairing(coupling, hole):
 
 
 def test_diverged_plan_has_not_converged():
-    """Catches ott's own flag, which is True where the error became infinite."""
+    """Catches ott's own flag, which is True where the error became infinite.
+
+    Whether it does, or stays at some number of the order of n, depends on how XLA rounds.
+    """
     solution = couplings.sinkhorn_plan(*clouds(0, 9, 2), epsilon=1e-30)
-    assert not jnp.isfinite(solution.error)
+    assert not solution.error < 1
     assert not solution.converged
 
 

@@ -19,6 +19,7 @@ stopped goes on with `first_round` and the parameters of the round before, and m
 interpolant noise            that of the interpolant which the training function uses
 fixed or regenerated pairs   `pairs_of(0)` again and again, or `pairs_of(0)`, `pairs_of(1)`, ...: `pair_trainer(...,
                              regenerations=r)` goes through r sets
+paths with noise             `diffuse_pairs` in place of `generate_pairs`; the rounds around it are `fvjax.bridges.dsbm`
 share of real pairs          `reflow(..., real=pairs, real_share=0.2)`; `invert_pairs` makes real pairs out of real
                              targets and the flow run backwards
 ===========================  ==========================================================================================
@@ -29,11 +30,15 @@ Source: Liu et al. 2023 (Rectified Flow), algorithm 1.
 from fvjax.rectification._measures import EulerError as EulerError
 from fvjax.rectification._measures import RoundMeasures as RoundMeasures
 from fvjax.rectification._measures import round_measures as round_measures
+from fvjax.rectification._pairs import CHUNK as CHUNK
+from fvjax.rectification._pairs import diffuse_pairs as diffuse_pairs
 from fvjax.rectification._pairs import generate_pairs as generate_pairs
 from fvjax.rectification._pairs import invert_pairs as invert_pairs
 from fvjax.rectification._pairs import mixed as mixed
+from fvjax.rectification._rounds import FirstKept as FirstKept
 from fvjax.rectification._rounds import PairsOf as PairsOf
 from fvjax.rectification._rounds import Round as Round
+from fvjax.rectification._rounds import Sources as Sources
 from fvjax.rectification._rounds import TrainRound as TrainRound
 from fvjax.rectification._rounds import pair_trainer as pair_trainer
 from fvjax.rectification._rounds import reflow as reflow

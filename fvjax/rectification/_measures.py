@@ -96,7 +96,7 @@ def round_measures(
     ends = generate_pairs(field, params, pairs.x0, chunk=chunk, **options)
     static, partial = hashable(options), as_partial(field)
     straight = in_chunks(
-        lambda part: _straightness(partial, params, part, nodes=nodes, options=static),
+        lambda part, _: _straightness(partial, params, part, nodes=nodes, options=static),
         np.asarray(ends.x0),
         chunk=chunk,
     ).astype(np.float64)

@@ -13,7 +13,7 @@ from jax.tree_util import Partial
 from fvjax import _validate, flows
 from fvjax.flows import SolverOptions
 from fvjax.training import Progress
-from fvjax.types import Array, Key, Pair, Params, VelocityField
+from fvjax.types import Array, Key, Pair, Params, Scalar, VelocityField
 
 CHUNK = 1000
 """Examples that are carried at once."""
@@ -53,6 +53,51 @@ def generate_pairs(
     """
     sources = _points("x0", x0)
     ends = _ends(field, params, sources, chunk=chunk, progress=progress, options=options)
+    return Pair(sources, ends)  # type: ignore[arg-type]  # host arrays
+
+
+def diffuse_pairs(
+    key: Key,
+    field: VelocityField,
+    params: Params,
+    x0: Array | np.ndarray,
+    *,
+    sigma: Scalar,
+    steps: int,
+    solver: str = "euler",
+    chunk: int = CHUNK,
+    progress: str | None = None,
+) -> Pair:
+    r"""Pairs every source with the end of a path of the diffusion dX = field dt + sigma dB, X_0 = x0.
+
+    As `generate_pairs`, with noise: z1 is drawn, given z0. Example i uses `fold_in(key, i)`, so that neither the chunk
+    nor the number of examples changes the path of another one.
+
+    Args:
+        key: of the paths.
+        field: drift of ONE example, (params, t, x[*dims]) -> [*dims]; compiled as in `generate_pairs`.
+        params: its first argument.
+        x0: [n, *dims], n >= 1, floating point, of numpy or JAX.
+        sigma: noise scale of the Brownian motion, >= 0, traced.
+        steps: of the solver, from t = 0 to t = 1.
+        solver: of `flows.diffuse`.
+        chunk: examples at once.
+        progress: label of a progress line on stderr; None for none.
+
+    Returns:
+        Pair(x0, x1), two numpy arrays [n, *dims].
+
+    Raises:
+        ValueError: as `flows.diffuse` and `generate_pairs`.
+        FloatingPointError: if ends are not finite. Says how many.
+    """
+    sources, partial = _points("x0", x0), as_partial(field)
+
+    def diffused(part: Array, rows: Array) -> Array:
+        return _diffused(key, partial, params, part, rows=rows, sigma=sigma, steps=steps, solver=solver)
+
+    ends = in_chunks(diffused, sources, chunk=chunk, progress=progress)
+    _check_ends(ends, f"solver = {solver}, steps = {steps}, sigma = {sigma}")
     return Pair(sources, ends)  # type: ignore[arg-type]  # host arrays
 
 
@@ -143,9 +188,11 @@ def as_partial(field: VelocityField) -> Partial:
 
 
 def in_chunks(
-    function: Callable[[Array], Array], x0: np.ndarray, *, chunk: int, progress: str | None = None
+    function: Callable[[Array, Array], Array], x0: np.ndarray, *, chunk: int, progress: str | None = None
 ) -> np.ndarray:
-    """`function` of chunks [chunk, *dims] -> [chunk, ...], gathered on the host; the last one is filled up with rows.
+    """`function` of chunks [chunk, *dims] and their rows -> [chunk, ...], gathered on the host.
+
+    The last chunk is filled up with copies of the last row, so that all have one shape.
 
     The device computes a chunk while the one before it is fetched.
     """
@@ -159,7 +206,7 @@ def in_chunks(
         for start in range(0, n, size):
             rows = np.minimum(np.arange(start, start + size), n - 1)
             part = x0[start : start + size] if start + size <= n else x0[rows]
-            running.append(function(jnp.asarray(part)))
+            running.append(function(jnp.asarray(part), jnp.asarray(rows)))
             if len(running) > 1:
                 parts.append(np.asarray(running.popleft()))
             if bar is not None:
@@ -192,15 +239,30 @@ def _ends(
 ) -> np.ndarray:
     static, partial = hashable(options), as_partial(field)
     ends = in_chunks(
-        lambda part: _carried(partial, params, part, options=static), points, chunk=chunk, progress=progress
+        lambda part, _: _carried(partial, params, part, options=static), points, chunk=chunk, progress=progress
     )
+    how = ", ".join(f"{name} = {value}" for name, value in static if value is not None) or "the default solver"
+    _check_ends(ends, how)
+    return ends
+
+
+def _check_ends(ends: np.ndarray, how: str) -> None:
     failed = np.count_nonzero(~np.isfinite(ends).reshape(len(ends), -1).all(axis=1))
     if failed:
-        how = ", ".join(f"{name} = {value}" for name, value in static if value is not None) or "the default solver"
         raise FloatingPointError(f"ends of the flow must be finite, got {failed} of {len(ends)} that are not ({how})")
-    return ends
 
 
 @functools.partial(jax.jit, static_argnames="options")
 def _carried(field: Partial, params: Params, points: Array, *, options: tuple[tuple[str, Any], ...]) -> Array:
     return jax.vmap(lambda x: flows.transport(field, params, x, **dict(options)))(points)
+
+
+@functools.partial(jax.jit, static_argnames=("steps", "solver"))
+def _diffused(
+    key: Key, field: Partial, params: Params, points: Array, *, rows: Array, sigma: Scalar, steps: int, solver: str
+) -> Array:
+    def end(row: Array, x: Array) -> Array:
+        path_key = jax.random.fold_in(key, row)
+        return flows.diffuse(path_key, field, params, x, sigma=sigma, steps=steps, solver=solver)
+
+    return jax.vmap(end)(rows, points)

@@ -122,7 +122,7 @@ def reflow(
     def run() -> Iterator[Round]:
         current = params
         for index in range(first_round, rounds + 1):
-            pairs_of = _FirstKept(_given(first) if index == 1 and first is not None else generated(index, current))
+            pairs_of = FirstKept(_given(first) if index == 1 and first is not None else generated(index, current))
             current = train(index, pairs_of, current)
             yield Round(index, pairs_of, current)
 
@@ -145,8 +145,8 @@ def _given(pairs: Pair) -> PairsOf:
     return pairs_of
 
 
-class _FirstKept:
-    """Remembers part 0, which the training and the caller ask for, and lets go of the others."""
+class FirstKept:
+    """A PairsOf that remembers part 0, which training and caller ask for, and lets go of the others."""
 
     def __init__(self, pairs_of: PairsOf) -> None:
         self._pairs_of = pairs_of

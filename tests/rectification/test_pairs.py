@@ -7,7 +7,7 @@ import pytest
 from jax.tree_util import Partial
 
 from fvjax import flows
-from fvjax.rectification import _pairs, generate_pairs, invert_pairs, mixed
+from fvjax.rectification import _pairs, diffuse_pairs, generate_pairs, invert_pairs, mixed
 from fvjax.types import Pair
 
 
@@ -181,3 +181,31 @@ def test_row_i_is_what_transport_makes_of_it():
     np.testing.assert_allclose(
         generate_pairs(field, None, x0, rtol=1e-3).x1, np.stack([alone(x) for x in x0]), rtol=1e-5, atol=1e-6
     )
+
+
+def test_diffused_pairs_do_not_depend_on_chunks_or_neighbours():
+    """Catches keys that are drawn by chunk, filled-up rows that are returned, and one path for all examples."""
+    x0, key = points(7), jax.random.key(3)
+    options = {"sigma": 0.5, "steps": 4}
+    whole = diffuse_pairs(key, growth, jnp.float32(0.5), x0, **options)
+    parts = diffuse_pairs(key, growth, jnp.float32(0.5), x0, chunk=3, **options)
+    np.testing.assert_array_equal(whole.x0, x0)
+    np.testing.assert_allclose(parts.x1, whole.x1, rtol=1e-6)
+    np.testing.assert_allclose(
+        diffuse_pairs(key, growth, jnp.float32(0.5), x0[:2], **options).x1, whole.x1[:2], rtol=1e-6
+    )
+    same = diffuse_pairs(key, growth, jnp.float32(0.5), np.zeros_like(x0), **options).x1
+    assert len(np.unique(same)) == same.size
+
+
+def test_diffused_pairs_without_noise_are_those_of_euler():
+    """Catches noise that survives sigma = 0, and options that do not reach the solver."""
+    x0 = points(3)
+    pairs = diffuse_pairs(jax.random.key(0), growth, jnp.float32(1), x0, sigma=0.0, steps=2)
+    np.testing.assert_allclose(pairs.x1, 1.5**2 * x0, rtol=1e-6)
+
+
+def test_diffused_pairs_that_explode_are_counted():
+    """Catches nan and inf that are handed on as data."""
+    with pytest.raises(FloatingPointError, match="got 2 of 2 that are not .solver = euler, steps = 50, sigma = 1.0"):
+        diffuse_pairs(jax.random.key(0), growth, jnp.float32(1e30), points(2), sigma=1.0, steps=50)
