@@ -19,10 +19,16 @@ from matplotlib.figure import Figure
 
 import fvjax
 from fvjax import gradients
-from fvjax.checkpoints import CheckpointError, ConfigMismatchError, StateMismatchError
+from fvjax.checkpoints import (
+    CheckpointError,
+    Checkpoints,
+    ConfigMismatchError,
+    StateMismatchError,
+    stop_on_sigterm,
+)
 from fvjax.data import DataError
 from fvjax.losses import squared_error
-from fvjax.training import NonFiniteLossError, Progress
+from fvjax.training import MetricsLog, NonFiniteLossError, Progress, TrainState, TrainStep, fit
 from fvjax.types import Params, PathSample
 
 Config = TypeVar("Config")
@@ -184,6 +190,60 @@ def _module_and_arguments() -> list[str]:
     spec = getattr(sys.modules["__main__"], "__spec__", None)
     module = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
     return [module, *sys.argv[1:]]
+
+
+class Stopped(Exception):
+    """SIGTERM came: the checkpoint is written, the run can be resumed."""
+
+
+def fit_kept(
+    place: Path,
+    first: Callable[[], TrainState],
+    step: TrainStep,
+    task: Any,
+    *,
+    config: Mapping[str, Any],
+    steps: int,
+    log_every: int,
+    save_every: int,
+    measure: Callable[[TrainState], Mapping[str, Any]],
+    label: str,
+) -> tuple[TrainState, list[dict[str, float]]]:
+    """`training.fit` with checkpoints and metrics.csv in a folder, from its newest checkpoint on.
+
+    Args:
+        place: folder of this network, made if it does not exist.
+        first: makes the state of a new training.
+        step: of the training.
+        task: what every step is given.
+        config: all that the training depends on.
+        steps: in all; a training that has them already returns at once.
+        log_every: as in `fit`.
+        save_every: as in `fit`.
+        measure: (state) -> numbers that are logged beside the loss.
+        label: of the progress line.
+
+    Returns:
+        The final state, and the rows of metrics.csv.
+
+    Raises:
+        Stopped: on SIGTERM.
+        NonFiniteLossError, CheckpointError, ConfigMismatchError: see there.
+    """
+    place.mkdir(parents=True, exist_ok=True)
+    with Checkpoints(place / "checkpoints", config=config, keep_last=1) as kept, stop_on_sigterm() as stop:
+        state = kept.restore(jax.eval_shape(first))
+        state = first() if state is None else state
+        with MetricsLog(place, step=int(state.step)) as log:
+
+            def on_log(state: TrainState, loss: float) -> None:
+                log.write(int(state.step), loss=loss, **{k: float(v) for k, v in measure(state).items()})
+
+            options = {"log_every": log_every, "on_log": on_log, "save_every": save_every, "save": kept.save}
+            state, _ = fit(state, step, task, steps=steps, stop=stop, progress=label, **options)  # type: ignore[arg-type]
+            if int(state.step) < steps:
+                raise Stopped(f"{label} at step {int(state.step)} of {steps}")
+            return state, log.rows
 
 
 def progress(items: Iterable[Item], label: str, total: int) -> Iterator[Item]:

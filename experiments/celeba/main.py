@@ -14,8 +14,8 @@ from experiments.celeba import cells, sweep
 from experiments.celeba.cells import Cell
 from experiments.celeba.problem import Problem, Source, baselines, counts, draw, find_source
 from experiments.celeba.settings import Settings, log_and_save, preset_of
-from experiments.celeba.training import Stopped, Trainer
-from experiments.common import RunFolder, SettingsError, environment, table
+from experiments.celeba.training import Trainer
+from experiments.common import RunFolder, SettingsError, Stopped, environment, table
 from fvjax import _validate, data
 from fvjax.data import ot_benchmark
 

@@ -9,9 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from experiments.celeba.settings import Settings
-from experiments.common import compiled_quickly, gradient_variance
+from experiments.common import compiled_quickly, fit_kept, gradient_variance
 from fvjax import flows, metrics, training
-from fvjax.checkpoints import Checkpoints, stop_on_sigterm
 from fvjax.interpolants import Interpolant, draw_paths
 from fvjax.types import Array, Key, Pair, Params, PathSample
 
@@ -22,10 +21,6 @@ class Task(NamedTuple):
     pairs: Pair
     interpolant: Interpolant
     mixed: Array
-
-
-class Stopped(Exception):
-    """SIGTERM came: the checkpoint is written, the run can be resumed."""
 
 
 class Trainer:
@@ -90,44 +85,35 @@ class Trainer:
             NonFiniteLossError, CheckpointError, ConfigMismatchError: see there.
         """
         settings = self.settings
-        place = folder / "cells" / name
-        place.mkdir(parents=True, exist_ok=True)
         key = jax.random.key(settings.seed)
         state_key, probe_key = jax.random.split(key)
         task = Task(pairs, settings.interpolant_of(sigma), jnp.asarray(mixed))
         probe = _probe(probe_key, task, settings.probes)
-        config = asdict(settings) | {"name": name, "sigma": sigma}
-        with Checkpoints(place / "checkpoints", config=config, keep_last=1) as kept, stop_on_sigterm() as stop:
-            state = kept.restore(jax.eval_shape(self._init, state_key))
-            if state is None:
-                state = self._first_state(state_key)
-                if first is not None:
-                    state = state._replace(params=first, ema_params=first)
-            with training.MetricsLog(place, step=int(state.step)) as log:
 
-                def on_log(state: training.TrainState, loss: float) -> None:
-                    measured = gradient_variance(self.model.apply, state.params, probe)
-                    count = settings.curve
-                    predicted = self._moved(state.ema_params, pairs.x0[:count])
-                    for target, x1 in targets.items():
-                        measured[f"l2_{target}"] = metrics.pair_l2(predicted, x1[:count]).mean
-                    log.write(int(state.step), loss=loss, **{k: float(v) for k, v in measured.items()})
+        def begin() -> training.TrainState:
+            state = self._first_state(state_key)
+            return state if first is None else state._replace(params=first, ema_params=first)
 
-                state, _ = training.fit(
-                    state,
-                    self.step,
-                    task,
-                    steps=settings.steps,
-                    log_every=settings.log_every,
-                    on_log=on_log,
-                    save_every=settings.save_every,
-                    save=kept.save,
-                    stop=stop,
-                    progress=f"training {name}",
-                )
-                if int(state.step) < settings.steps:
-                    raise Stopped(f"{name} at step {int(state.step)} of {settings.steps}")
-                return state, log.rows
+        def measure(state: training.TrainState) -> Mapping[str, Any]:
+            measured = gradient_variance(self.model.apply, state.params, probe)
+            count = settings.curve
+            predicted = self._moved(state.ema_params, pairs.x0[:count])
+            for target, x1 in targets.items():
+                measured[f"l2_{target}"] = metrics.pair_l2(predicted, x1[:count]).mean
+            return measured
+
+        return fit_kept(
+            folder / "cells" / name,
+            begin,
+            self.step,
+            task,
+            config=asdict(settings) | {"name": name, "sigma": sigma},
+            steps=settings.steps,
+            log_every=settings.log_every,
+            save_every=settings.save_every,
+            measure=measure,
+            label=f"training {name}",
+        )
 
 
 def drawn(key: Key, task: Task, size: int) -> Pair:
