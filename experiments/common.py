@@ -202,6 +202,7 @@ def fit_kept(
     step: TrainStep,
     task: Any,
     *,
+    like: TrainState,
     config: Mapping[str, Any],
     steps: int,
     log_every: int,
@@ -216,6 +217,7 @@ def fit_kept(
         first: makes the state of a new training.
         step: of the training.
         task: what every step is given.
+        like: shapes of the state.
         config: all that the training depends on.
         steps: in all; a training that has them already returns at once.
         log_every: as in `fit`.
@@ -232,7 +234,7 @@ def fit_kept(
     """
     place.mkdir(parents=True, exist_ok=True)
     with Checkpoints(place / "checkpoints", config=config, keep_last=1) as kept, stop_on_sigterm() as stop:
-        state = kept.restore(jax.eval_shape(first))
+        state = kept.restore(like)
         state = first() if state is None else state
         with MetricsLog(place, step=int(state.step)) as log:
 

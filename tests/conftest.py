@@ -1,11 +1,17 @@
-"""What every test runs under: CPU as four devices, strict dtype promotion, reproducible properties; and fixtures."""
+"""What every test runs under: CPU as four devices, quick compilation, strict dtype promotion; and fixtures."""
 
 import os
+from importlib import metadata
 
 # Before the first import of jax, which reads these.
-_DEVICES = "--xla_force_host_platform_device_count"
-if _DEVICES not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_DEVICES}=4".strip()
+_FLAGS = ["--xla_force_host_platform_device_count=4"]
+# The suite compiles thousands of small programs and runs most of them once. XLA's older generator of code for the CPU
+# takes half the time for them. By version: XLA ends the process at a flag that it does not know.
+if metadata.version("jaxlib").startswith("0.10."):
+    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
+for _flag in _FLAGS:
+    if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 
@@ -32,6 +38,22 @@ hypothesis.settings.register_profile(
     suppress_health_check=[hypothesis.HealthCheck.function_scoped_fixture, hypothesis.HealthCheck.too_slow],
 )
 hypothesis.settings.load_profile("fvjax")
+
+
+COMPILED_IN_FULL = {"experiments", "parallel", "interpolants", "test_interpolants.py"}
+"""Where tests train networks for long, or compare bits of different programs: these may round otherwise without."""
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
+    """XLA rewrites, fuses and partitions programs as ever, LLVM spends little on them.
+
+    Experiments in child processes are compiled as users' are, by the present generator with all optimizations.
+    """
+    parts = request.path.relative_to(Path(__file__).parent).parts
+    jax.config.update("jax_disable_most_optimizations", COMPILED_IN_FULL.isdisjoint(parts))
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -107,6 +107,7 @@ class Trainer:
             begin,
             self.step,
             task,
+            like=jax.eval_shape(self._init, state_key),
             config=asdict(settings) | {"name": name, "sigma": sigma},
             steps=settings.steps,
             log_every=settings.log_every,

@@ -43,13 +43,16 @@ def smoke(tmp_path_factory):
     """A whole run with every part, and one that was killed in the middle of its second network and resumed."""
     folder = tmp_path_factory.mktemp("celeba")
     options = ("--sigma", "0", "0.5", "--reflow", "--sizes", "16")  # the number of pairs: compiled already
-    whole, killed = (start(*options, "--out", name, cwd=folder) for name in ("whole", "killed"))
-    while killed.poll() is None and not (folder / "killed" / "cells" / "independent_sigma_0" / "checkpoints").exists():
+    done = finish(start(*options, "--out", "whole", cwd=folder))
+    assert done[0] == 0, done[2]
+    killed = start(*options, "--out", "killed", cwd=folder)  # only now: what it needs is compiled
+    half = folder / "killed" / "cells" / "independent_sigma_0" / "checkpoints"
+    while killed.poll() is None and not half.exists():
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
-    done = finish(whole)
-    assert done[0] == 0, done[2]
+    assert half.exists()
+    assert not (folder / "killed" / "results.json").exists()
     resumed = finish(start(*options, "--out", "killed", "--resume", cwd=folder))
     assert resumed[0] == 0, resumed[2]
     return folder, done[1]

@@ -39,13 +39,16 @@ def finish(process):
 def smoke(tmp_path_factory):
     """A whole run, and one that was killed in the middle and resumed."""
     folder = tmp_path_factory.mktemp("cifar10")
-    whole, killed = (start("--out", name, cwd=folder) for name in ("whole", "killed"))
-    while killed.poll() is None and not (folder / "killed" / "checkpoints" / "step_000000004").exists():
+    done = finish(start("--out", "whole", cwd=folder))
+    assert done[0] == 0, done[2]
+    killed = start("--out", "killed", cwd=folder)  # only now: what it needs is compiled
+    half = folder / "killed" / "checkpoints" / "step_000000004"
+    while killed.poll() is None and not half.exists():
         time.sleep(0.05)
     killed.kill()
     killed.communicate()
-    done = finish(whole)
-    assert done[0] == 0, done[2]
+    assert half.exists()
+    assert not (folder / "killed" / "results.json").exists()
     resumed = finish(start("--out", "killed", "--resume", cwd=folder))
     assert resumed[0] == 0, resumed[2]
     return folder, done[1], resumed[1]
@@ -122,7 +125,8 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(tmp_path):
 def reflow(smoke, tmp_path_factory):
     """Two rounds without a break; and the finished single round, resumed with a second one, killed in it, resumed."""
     folder = tmp_path_factory.mktemp("reflow")
-    whole = start("--out", "whole", "--rounds", "2", cwd=folder)
+    whole = finish(start("--out", "whole", "--rounds", "2", cwd=folder))
+    assert whole[0] == 0, whole[2]
     shutil.copytree(smoke[0] / "whole", folder / "extended")
     extended = start("--out", "extended", "--resume", "--rounds", "2", cwd=folder)
     half = folder / "extended" / "rounds" / "2" / "checkpoints" / "step_000000004"
@@ -132,9 +136,8 @@ def reflow(smoke, tmp_path_factory):
     extended.communicate()
     assert half.exists()
     assert "rounds" not in json.loads((folder / "extended" / "results.json").read_text())
-    for process in (whole, start("--out", "extended", "--resume", "--rounds", "2", cwd=folder)):
-        done = finish(process)
-        assert done[0] == 0, done[2]
+    resumed = finish(start("--out", "extended", "--resume", "--rounds", "2", cwd=folder))
+    assert resumed[0] == 0, resumed[2]
     return folder
 
 

@@ -143,9 +143,10 @@ def test_two_processes_are_two_devices(tmp_path, port, repository):
     One process with two devices is the same program, and a sum of two numbers has one order: the bits are the same.
     """
     train = SimpleNamespace(**runpy.run_path(str(FAULTS / "train.py"), run_name="train"))
+    one_device = f"{os.environ['XLA_FLAGS']} --xla_force_host_platform_device_count=1"  # the last one counts
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=1",
+        "XLA_FLAGS": one_device,
         "PYTHONPATH": str(repository),
     }
     command = [sys.executable, str(FAULTS / "train.py"), str(tmp_path)]
