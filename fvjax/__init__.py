@@ -13,6 +13,8 @@ from fvjax import losses as losses
 from fvjax import metrics as metrics
 from fvjax import pairs as pairs
 from fvjax import sites as sites
+from fvjax.flows import diffuse as diffuse
+from fvjax.flows import diffusion_path as diffusion_path
 from fvjax.flows import straightness as straightness
 from fvjax.flows import trajectory as trajectory
 from fvjax.flows import transport as transport
@@ -64,6 +66,8 @@ __all__ = [
     "brownian_bridge",
     "constant_noise",
     "couplings",
+    "diffuse",
+    "diffusion_path",
     "draw_path",
     "draw_paths",
     "empirical_minimiser",

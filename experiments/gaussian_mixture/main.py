@@ -23,7 +23,7 @@ class Config:
 
     Trains one network for each dimension, repeat and sigma; all sigmas of a repeat share pairs, first parameters and
     batches. Reports squared MMDs (generalization, memorization) beside their floor, the L2 to the training target, and
-    the same of the exact minimiser of the same pairs and of infinitely many. Flows start at x0 itself. 2 CPU cores: 5
+    the same of the exact minimiser of the same pairs and of infinitely many. Flows start at x0 itself. 2 CPU cores: 6
     minutes. Expected at d = 50: noise lowers the generalization MMD, and at 0.05 nearly all training sources still end
     nearest to their own target. Writes config.json, results.json, rows.csv, cells/ and figures/ into the run folder.
     """
