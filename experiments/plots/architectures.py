@@ -120,7 +120,9 @@ def _over_time(axes: Axes, rows: Sequence[Row], profile: Sequence[Row], steps: i
     other.set_ylim(bottom=0)
     other.set_ylabel(singular, color=GREY)
     if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, fontsize=9)
+        low, high = axes.get_ylim()
+        axes.set_ylim(low, high * (high / low) ** 0.35)  # room for the legend
+        axes.legend(loc="upper center", ncols=2, frameon=False, fontsize=8)
 
 
 def digits_curves(rows: Sequence[Row], curves: Sequence[Row], *, title: str) -> Figure:

@@ -36,7 +36,7 @@ def _color(system: str) -> str:
 
 def _label(row: Row) -> str:
     noise = f", σ = {row['sigma']:g}" if row["sigma"] else ""
-    sampler = f" ({row['sampler'].upper()})" if row["system"] == "dsbm" else ""
+    sampler = f" ({row['sampler'].upper()})" if row["system"].startswith("dsbm") else ""
     return f"{row['system'].replace('_', ' ')}{noise}{sampler}"
 
 
@@ -80,7 +80,8 @@ def _dots(axes: Axes, rows: Sequence[Row], key: str, scale: str) -> None:
         axes.set_xlim(-0.05, 1.05)
 
 
-STYLES = {"dsbm": "-", "sde_reflow": "--", "dsbm_exact": ":", "sde_reflow_exact": ":"}
+STYLES = {"dsbm": "-", "dsbm_ipf": "-.", "sde_reflow": "--"}
+STYLES |= dict.fromkeys((f"{system}_exact" for system in STYLES), ":")
 
 
 def rounds(rows: Sequence[Row], recursion: Sequence[Row], *, title: str) -> Figure:

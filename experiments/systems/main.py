@@ -48,7 +48,7 @@ class Config:
     pairs: Annotated[
         int | None, tyro.conf.arg(help="training pairs; default 10,000 gaussian, 100 digits, 1000 others")
     ] = None
-    rounds: Annotated[int, tyro.conf.arg(help="of DSBM, both directions counted; even")] = 8
+    rounds: Annotated[int, tyro.conf.arg(help="of DSBM, both directions counted; even")] = 6
     rectifications: Annotated[int, tyro.conf.arg(help="of ReFlow")] = 2
     path_steps: Annotated[int, tyro.conf.arg(help="Euler-Maruyama steps of a diffusion")] = 50
     steps: Annotated[
@@ -178,7 +178,7 @@ def _problems(config: Config) -> list[tuple[Problem, tuple[SystemName, ...]]]:
                 found.append((made(kind, dim=None), config.systems))
                 continue
             for k, dim in enumerate(config.gaussian_dims):
-                some = tuple(name for name in config.systems if name == "dsbm" or k == 0)
+                some = tuple(name for name in config.systems if name.startswith("dsbm") or k == 0)
                 found.append((made(kind, dim=dim), some))
         except ValueError as error:
             raise SettingsError(f"--pairs must fit the data of {kind}: {error}") from error

@@ -10,7 +10,8 @@ cfm_independent        sources and targets drawn independently of each other: th
 ot_cfm                 minibatch optimal transport (exact) between the sources and the targets
 cfm_bridge             flow matching on Brownian bridges between the fixed pairs: DSBM's noise without its rounds
 sb_cfm                 Brownian bridges between pairs of the Schroedinger plan (Sinkhorn, epsilon = 2 sigma^2)
-dsbm                   Schroedinger bridge matching that starts at the fixed pairs: backward, forward, ...
+dsbm                   Schroedinger bridge matching that starts at the fixed pairs (IMF): backward, forward, ...
+dsbm_ipf               the same, started at Brownian paths from the sources (IPF): the fixed pairs are not used
 sde_reflow             ReFlow with Brownian noise and SDE sampling (Remark 2): the forward drift only, starting there
 =====================  ===============================================================================================
 """
@@ -35,12 +36,12 @@ from fvjax.rectification import PairsOf, TrainRound
 from fvjax.types import Array, Key, Pair, Params, Scalar, VelocityField
 
 SystemName = Literal[
-    "reflow", "reflow_noise", "cfm_independent", "ot_cfm", "cfm_bridge", "sb_cfm", "dsbm", "sde_reflow"
+    "reflow", "reflow_noise", "cfm_independent", "ot_cfm", "cfm_bridge", "sb_cfm", "dsbm", "dsbm_ipf", "sde_reflow"
 ]
 SYSTEMS: tuple[SystemName, ...] = typing.get_args(SystemName)
 """Values of --systems; the first two are cfm, reflow_1, reflow_2 without and with noise."""
 
-WITH_BRIDGE = ("cfm_bridge", "sb_cfm", "dsbm", "sde_reflow")
+WITH_BRIDGE = ("cfm_bridge", "sb_cfm", "dsbm", "dsbm_ipf", "sde_reflow")
 
 Found = tuple[list[Row], list[Row]]
 """Rows of a system, and its rows by round."""
@@ -290,7 +291,7 @@ def _rounds(
         key=jax.random.fold_in(cell.problem.key, 10),
         rounds=rounds,
         sigma=jnp.float32(cell.sigma),
-        start=cell.problem.pairs,
+        start="ipf" if cell.system == "dsbm_ipf" else cell.problem.pairs,
         directions=directions,
         steps=settings.path_steps,
         chunk=min(settings.table, 4096),
@@ -364,5 +365,6 @@ METHODS: dict[str, Callable[[Cell], Found]] = {
     "cfm_bridge": _cfm_bridge,
     "sb_cfm": _sb_cfm,
     "dsbm": _dsbm,
+    "dsbm_ipf": _dsbm,
     "sde_reflow": _dsbm,
 }

@@ -102,6 +102,8 @@ def test_every_system_has_its_row_with_every_measure(smoke):
         ("sb_cfm", "ode", 1),
         ("dsbm", "sde", 1),
         ("dsbm", "ode", 1),
+        ("dsbm_ipf", "sde", 1),
+        ("dsbm_ipf", "ode", 1),
         ("sde_reflow", "sde", 1),
     ]
     everywhere = ("mmd", "mmd_floor", "train_l2_pair_mean", "recovered", "memorized", "gradient_variance", "l2_ot_mean")
@@ -242,6 +244,9 @@ def test_each_system_trains_on_its_pairs(recorded):
     np.testing.assert_allclose(found["reflow_noise"].gamma, 0.1, rtol=1e-6)
     np.testing.assert_allclose(found["cfm_bridge"].gamma, 0.5 * np.sqrt(3) / 4, rtol=1e-6)
     np.testing.assert_allclose(found["dsbm"].gamma_rate, -0.5 / np.sqrt(3), rtol=1e-6)
+    pairs, _ = recorded("dsbm_ipf", 0.5, problem)
+    assert np.all(pairs.x1 < 50)  # backward: sources are its ends, and its starts are near them
+    assert np.all(np.abs(pairs.x0 - pairs.x1) < 5 * 0.5)
     pairs, _ = recorded("ot_cfm", 0.0, problem)
     for batch in range(8):
         rows = slice(8 * batch, 8 * batch + 8)
