@@ -91,6 +91,7 @@ def diffuse_pairs(
         ValueError: as `flows.diffuse` and `generate_pairs`.
         FloatingPointError: if ends are not finite. Says how many.
     """
+    _validate.nonnegative("sigma", sigma)  # traced, and not looked at, further down
     sources, partial = _points("x0", x0), as_partial(field)
 
     def diffused(part: Array, rows: Array) -> Array:

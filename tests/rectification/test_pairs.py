@@ -209,3 +209,18 @@ def test_diffused_pairs_that_explode_are_counted():
     """Catches nan and inf that are handed on as data."""
     with pytest.raises(FloatingPointError, match="got 2 of 2 that are not .solver = euler, steps = 50, sigma = 1.0"):
         diffuse_pairs(jax.random.key(0), growth, jnp.float32(1e30), points(2), sigma=1.0, steps=50)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"sigma": -0.1}, "sigma must be >= 0, got -0.1"),
+        ({"steps": 0}, "steps must be an integer >= 1, got 0"),
+        ({"solver": "heun"}, "solver must be one of euler, shark, got 'heun'"),
+    ],
+)
+def test_bad_options_of_a_diffusion_are_named(options, message):
+    """Catches a sigma that nobody looks at once it is traced, and options of another solver."""
+    given = {"sigma": 1.0, "steps": 2} | options
+    with pytest.raises(ValueError, match=message):
+        diffuse_pairs(jax.random.key(0), growth, jnp.float32(1), points(2), **given)
