@@ -71,13 +71,24 @@ def _dots(axes: Axes, rows: Sequence[Row], key: str, scale: str) -> None:
         axes.text(0.5, 0.5, "not known", transform=axes.transAxes, ha="center", va="center", color=GREY, fontsize=8)
         axes.set_xticks([])
     elif scale == "log":
-        axes.set_xscale("log")
-        low, high = axes.get_xlim()
-        axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
-        axes.xaxis.set_major_formatter("{x:g}")
-        axes.xaxis.set_minor_locator(NullLocator())
+        _logarithmic(axes)
     elif scale == "share":
         axes.set_xlim(-0.05, 1.05)
+    else:
+        axes.xaxis.set_major_locator(MaxNLocator(4))
+
+
+def _logarithmic(axes: Axes) -> None:
+    """A logarithmic x axis with a few plain labels; linear where it would not span a factor of 3."""
+    low, high = axes.dataLim.intervalx
+    if high < 3 * low:
+        axes.xaxis.set_major_locator(MaxNLocator(3))
+        axes.ticklabel_format(axis="x", useOffset=False)
+        return
+    axes.set_xscale("log")
+    axes.xaxis.set_major_locator(LogLocator(subs=(1, 3) if high < 100 * low else (1,)))
+    axes.xaxis.set_major_formatter("{x:g}")
+    axes.xaxis.set_minor_locator(NullLocator())
 
 
 STYLES = {"dsbm": "-", "dsbm_ipf": "-.", "sde_reflow": "--"}
