@@ -1,11 +1,11 @@
 r"""Diffusion bridges between two laws: DSBM for any network, and the Schroedinger bridge of Gaussians in closed form.
 
     optimizer = training.adam(2000)
-    train = pair_trainer(model.apply, bridge_drift(sigma), optimizer, key=key, steps=2000)
+    train = pair_trainer(model.apply, bridge_drift(sigma), optimizer, key=train_key, steps=2000)
     params = BridgeParams(model.init(forward_key), model.init(backward_key))
     for done in dsbm(train, model.apply, params, (sources, targets), key=key, rounds=10, sigma=sigma):
         print(done.index, done.direction)
-    pairs = bridge_pairs(key, model.apply, done.params, x0, direction="forward", sigma=sigma)      # by the diffusion
+    pairs = bridge_pairs(path_key, model.apply, done.params, x0, direction="forward", sigma=sigma)  # by the diffusion
     x1 = flows.transport(probability_flow(model.apply), done.params, x0)                          # by the ODE, ONE x0
 
 The reference is Brownian motion, dX = sigma dB, and drifts regress `interpolants.bridge_drift(sigma)`. Networks of the

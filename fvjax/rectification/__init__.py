@@ -1,7 +1,7 @@
 """k-ReFlow for any field: train on pairs, let the flow pair its own sources, train on those pairs, repeat.
 
     optimizer = training.adam(2000)
-    train = pair_trainer(model.apply, linear(), optimizer, key=key, steps=2000)
+    train = pair_trainer(model.apply, linear(), optimizer, key=train_key, steps=2000)
     sources = lambda key: jax.random.normal(key, (10_000, 2))
     for done in reflow(train, model.apply, model.init(key), sources, key=key, rounds=3, first=independent_pairs):
         print(done.index, round_measures(model.apply, done.params, done.pairs))

@@ -214,7 +214,7 @@ def test_diffused_pairs_that_explode_are_counted():
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"sigma": -0.1}, "sigma must be >= 0, got -0.1"),
+        ({"sigma": -0.1}, "sigma must be >= 0 and finite, got -0.1"),
         ({"steps": 0}, "steps must be an integer >= 1, got 0"),
         ({"solver": "heun"}, "solver must be one of euler, shark, got 'heun'"),
     ],
