@@ -184,7 +184,7 @@ def pair_trainer(
         field: velocity field of one example.
         interpolant: how pairs are joined, in every round; its noise is a knob of ReFlow.
         optimizer: any optax transformation; its schedule runs anew in every round.
-        key: of batches, times and noise; the index of the round is folded in. Not the key of `reflow` or `bridges.dsbm`.
+        key: of batches, times and noise; the index of the round is folded in. Not that of `reflow` or `bridges.dsbm`.
         steps: updates of each round.
         batch: pairs in a batch, drawn from the set with replacement.
         regenerations: sets of pairs that each round (but the first, which has one) goes through, one after the other,
