@@ -123,7 +123,6 @@ def _settings(config: Config, kind: Name) -> Settings:
         rounds=config.rounds,
         rectifications=config.rectifications,
         path_steps=config.path_steps,
-        held_out=config.held_out,
         probes=64 if config.smoke else 1024,
         measured=32 if config.smoke else 1000,
         coupling_batch=16 if config.smoke else 256,

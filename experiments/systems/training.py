@@ -34,7 +34,6 @@ class Settings(NamedTuple):
     rounds: int
     rectifications: int
     path_steps: int
-    held_out: int
     probes: int
     measured: int
     coupling_batch: int
@@ -98,7 +97,7 @@ class Trainer:
         place = self.folder / "networks" / f"{self.problem.name}_{name}"
         step = _step(self.model, self.settings.batch, steps)
         log_every = max(1, steps // LOGS)
-        table = _Lazy(lambda: tabulated(pairs(), self.settings.table))
+        table = functools.cache(lambda: tabulated(pairs(), self.settings.table))  # made when it is wanted, once
         times = [time.perf_counter()]
 
         def begin() -> training.TrainState:
@@ -153,19 +152,6 @@ DONE = "done"
 
 def _complete(place: Path, steps: int) -> bool:
     return (place / DONE).is_file() and (place / DONE).read_text() == f"{steps}\n"
-
-
-class _Lazy:
-    """A function without arguments that is called once, when its value is wanted."""
-
-    def __init__(self, function: Any) -> None:
-        self._function = function
-        self._value: Any = None
-
-    def __call__(self) -> Any:
-        if self._value is None:
-            self._value = self._function()
-        return self._value
 
 
 def tabulated(pairs: Pair, rows: int) -> tuple[Pair, Array]:

@@ -185,7 +185,6 @@ SMALL = Settings(
     rounds=2,
     rectifications=1,
     path_steps=2,
-    held_out=20,
     probes=8,
     measured=20,
     coupling_batch=8,
