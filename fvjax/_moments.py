@@ -115,7 +115,7 @@ def merge_moments(first: GradientMoments, second: GradientMoments) -> GradientMo
     Returns:
         GradientMoments of the same shapes. Merging with weight 0 changes nothing.
 
-    Source: Chan, Golub & LeVeque 1979, eq. 2.1, with weights.
+    Source: Chan, Golub & LeVeque 1979, with weights.
     """
     return merge_groups(jax.tree.map(lambda x, y: jnp.stack([x, y]), first, second))
 

@@ -131,7 +131,7 @@ def gradient_noise_scale(moments: GradientMoments, *, ddof: int = 0) -> Array:
     Raises:
         ValueError: if `ddof` is neither 0 nor 1.
 
-    Source: McCandlish et al. 2018, eq. 2.9 and appendix A.1.
+    Source: McCandlish et al. 2018, section 2.2 and appendix A.
     """
     variance = total_variance(moments, ddof=ddof)
     lead = jnp.ndim(moments.weight)

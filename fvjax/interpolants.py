@@ -27,6 +27,7 @@ from fvjax import _validate
 from fvjax.types import Array, Key, Pair, PathSample, Scalar
 
 Coefficient = Callable[[Array], Array]
+"""t -> alpha, beta or gamma, of the shape of t."""
 
 BRIDGE_TIMES = (1e-3, 1.0 - 1e-3)
 """Default times of the Brownian bridge, those of Shi et al. 2023 (DSBM): its target has no second moment on [0, 1]."""
@@ -223,7 +224,7 @@ def brownian_bridge(sigma: Scalar, *, time_range: tuple[float, float] = BRIDGE_T
     Raises:
         ValueError: if `sigma` is concrete and negative, or `time_range` is no interval in [0, 1].
 
-    Source: Shi et al. 2023 (DSBM), eq. 2; Tong et al. 2024, section 3.2.4 (SB-CFM).
+    Source: Shi et al. 2023 (DSBM); Tong et al. 2024 (SB-CFM).
     """
     _validate.nonnegative("sigma", sigma)
     _validate.interval("time_range", time_range, 0.0, 1.0)
@@ -255,7 +256,7 @@ def bridge_drift(sigma: Scalar, *, time_range: tuple[float, float] = BRIDGE_TIME
     Raises:
         ValueError: if `sigma` is concrete and negative, or `time_range` is no interval in [0, 1].
 
-    Source: Shi et al. 2023 (DSBM), eq. 8 and algorithm 1.
+    Source: Shi et al. 2023 (DSBM), eq. 5 and algorithm 1.
     """
     _validate.nonnegative("sigma", sigma)
     _validate.interval("time_range", time_range, 0.0, 1.0)
@@ -294,7 +295,7 @@ def gaussian_source(sigma_min: Scalar) -> Interpolant:
     Raises:
         ValueError: if `sigma_min` is concrete and negative.
 
-    Source: Lipman et al. 2023, eq. 22.
+    Source: Lipman et al. 2023, eq. 20.
     """
     _validate.nonnegative("sigma_min", sigma_min)
     return Interpolant(Partial(_shrink, sigma_min), Partial(_identity), Partial(_zero))

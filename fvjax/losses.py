@@ -13,6 +13,7 @@ Loss = Callable[[Params, PathSample], Array]
 """(params, example) -> scalar, for ONE example: what the gradient layer differentiates."""
 
 REDUCTIONS = ("sum", "mean")
+"""What `squared_error` can do with the dimensions of one example."""
 
 
 def squared_error(field: VelocityField, *, reduction: str = "sum") -> Loss:

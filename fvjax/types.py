@@ -9,6 +9,7 @@ Array = jax.Array
 Key = jax.Array
 """A typed PRNG key, `jax.random.key(seed)`."""
 Scalar = jax.Array | float
+"""A number: an array of shape [], or a Python float."""
 Params = Any
 """Any pytree of arrays."""
 

@@ -38,7 +38,7 @@ def probability_flow(field: VelocityField) -> VelocityField:
         A VelocityField with BridgeParams as its params, for `fvjax.flows` and all else that takes one; a
         `jax.tree_util.Partial`, so that it can be an argument of jitted functions, which compile once for each `field`.
 
-    Source: Song et al. 2021, eq. 13; Shi et al. 2023 (DSBM), section 4.
+    Source: Song et al. 2021, eq. 13; Shi et al. 2023 (DSBM).
     """
     return Partial(_velocity, Partial(field))
 

@@ -73,7 +73,7 @@ def schroedinger_coupling(
             semi-definite, or the dimensions disagree.
 
     Source: Bunne et al. 2023 (The Schroedinger bridge between Gaussian measures has a closed form), theorem 3; Janati
-        et al. 2020, theorem 1; the factors are derived here: with P = S0^(1/2) S1 S0^(1/2) = V s^2 V^T the bracket in
+        et al. 2020; the factors are derived here: with P = S0^(1/2) S1 S0^(1/2) = V s^2 V^T the bracket in
         C is S0^(1/2) V diag(w - sigma^2) V^T S0^(-1/2), w - sigma^2 = 4 s^2 / (w + sigma^2) and
         P S0^(-1/2) = V diag(s) U^T S1^(1/2).
     """
@@ -168,7 +168,7 @@ def markov_coupling(coupling: GaussianCoupling, sigma: Scalar) -> GaussianCoupli
         ValueError: if `sigma` is not one finite number >= 0.
         RuntimeError: if the integration fails; under `jit` the factors are nan instead.
 
-    Source: Shi et al. 2023 (DSBM), section 3; the Gaussian case is derived here.
+    Source: Shi et al. 2023 (DSBM), eq. 8; the Gaussian case is derived here.
     """
     _checked_sigma(sigma)
     dtype = coupling.mean0.dtype
@@ -308,7 +308,7 @@ def divergence_floor(count: int, dim: int) -> tuple[float, float]:
     Raises:
         ValueError: if `dim` or `count` is not an integer >= 1, or `count` < `dim` + 1: the covariance is singular.
 
-    Source: derived in the docstring; the moments of log det W are in Muirhead 1982, section 3.2.
+    Source: derived in the docstring; the moments of log det W are in Muirhead 1982.
     """
     from scipy.special import digamma, polygamma
 

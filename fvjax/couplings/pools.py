@@ -83,7 +83,7 @@ def entropic_partners(
         ValueError: if an option is out of range, `batch` does not divide n, the shapes of x0 and x1 differ, n = 0, or
             an entry is concrete and not finite.
 
-    Source: Tong et al. 2024, section 3.2.4 (SB-CFM).
+    Source: Tong et al. 2024 (SB-CFM).
     """
     if not isinstance(replace, bool):
         raise ValueError(f"replace must be True or False, got {replace!r}")

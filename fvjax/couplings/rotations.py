@@ -91,7 +91,7 @@ def random_basis(key: Key, dim: int) -> Array:
     Raises:
         ValueError: if `dim` is no integer >= 1.
 
-    Source: Mezzadri 2007, How to generate random matrices from the classical compact groups, section 5.
+    Source: Mezzadri 2007, How to generate random matrices from the classical compact groups.
     """
     _validate.positive_integer("dim", dim)
     q, r = jnp.linalg.qr(jax.random.normal(key, (dim, dim)))

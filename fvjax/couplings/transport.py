@@ -89,7 +89,7 @@ def sinkhorn_plan(
         ValueError: if an option is out of range, both `epsilon` and `sigma` are given, the shapes of x0 and x1 differ,
             n = 0, or an entry is concrete and not finite.
 
-    Source: Cuturi 2013; Peyre & Cuturi 2019, section 4.2, through ott-jax; Tong et al. 2024, section 3.2.4 (sigma).
+    Source: Cuturi 2013; Peyre & Cuturi 2019, through ott-jax; Tong et al. 2024 (sigma).
     """
     options = sinkhorn_options(epsilon=epsilon, sigma=sigma, max_iterations=max_iterations, threshold=threshold)
     return solve(*checked_clouds(x0, x1), **options)

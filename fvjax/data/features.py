@@ -16,6 +16,7 @@ from fvjax import _validate
 from fvjax.data._types import as_images
 
 INCEPTION_FILE = "weights-inception-2015-12-05-6726825d.pth"
+"""Name of the file with the weights of torch-fidelity's Inception network, as it is published."""
 _IMAGES_AT_ONCE = 128  # bounds the memory for pixels in float32
 _INSTALL = "python -m pip install 'torch-fidelity>=0.4'"
 

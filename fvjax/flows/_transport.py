@@ -160,7 +160,7 @@ def straightness(
         ValueError: as in `transport`, and if `nodes` is not an integer >= 1.
         RuntimeError: as in `transport`.
 
-    Source: Liu et al. 2023 (Rectified Flow), section 2.2, their S(Z) before the expectation.
+    Source: Liu et al. 2023 (Rectified Flow), eq. 3, their S(Z) before the expectation.
     """
     plan = resolve(x0, **options)
     _validate.positive_integer("nodes", nodes)

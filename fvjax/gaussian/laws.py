@@ -86,7 +86,7 @@ def ot_map(mean: Array, cov: Array, *, source_mean: Array | None = None, source_
     Raises:
         ValueError: if a covariance is not square, symmetric and positive semi-definite, or shapes disagree.
 
-    Source: Peyre & Cuturi 2019, eq. 2.40.
+    Source: Peyre & Cuturi 2019, remark 2.31, eq. 2.40.
     """
     mean, cov = _checked_law("", mean, cov)
     source_mean, source_cov = _source(len(mean), mean.dtype, source_mean, source_cov)

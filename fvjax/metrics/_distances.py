@@ -123,7 +123,7 @@ def l2_uvp(predicted: Array, target: Array, *, variance: Scalar | None = None) -
     Raises:
         ValueError: if the shapes differ, there is no example, an array is not floating point, or `variance` is not > 0.
 
-    Source: Korotin et al. 2021 (Wasserstein-2 benchmark), section 4.2.
+    Source: Korotin et al. 2021 (Wasserstein-2 benchmark).
     """
     predicted, target = _examples(("predicted", "target"), predicted, target)
     if variance is None:
@@ -158,7 +158,7 @@ def direction_cosine(x0: Array, predicted: Array, target: Array) -> Array:
     Raises:
         ValueError: if the shapes differ, there is no example, or an array is not floating point.
 
-    Source: Korotin et al. 2021 (Wasserstein-2 benchmark), section 4.2.
+    Source: Korotin et al. 2021 (Wasserstein-2 benchmark).
     """
     learned = jnp.subtract(*_examples(("predicted", "x0"), predicted, x0))
     true = jnp.subtract(*_examples(("target", "x0"), target, x0))

@@ -11,7 +11,9 @@ from fvjax.types import Array, Model
 EPSILON = 1e-6
 """Added to the variance in every layer normalisation."""
 TIME_FEATURES = 256
+"""Sines and cosines of the time, before the layers that embed it."""
 MLP_RATIO = 4
+"""Width of the hidden layer of a block, as a multiple of the width of the tokens."""
 
 
 def positions(rows: int, columns: int, features: int) -> np.ndarray:

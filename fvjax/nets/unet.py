@@ -14,6 +14,7 @@ from fvjax.types import Array, Key, Model
 EPSILON = 1e-5
 """Added to the variance in every group normalisation."""
 MAX_GROUPS = 32
+"""Largest number of groups of a group normalisation."""
 
 
 class Layer(NamedTuple):

@@ -24,7 +24,7 @@ share of real pairs          `reflow(..., real=pairs, real_share=0.2)`; `invert_
                              targets and the flow run backwards
 ===========================  ==========================================================================================
 
-Source: Liu et al. 2023 (Rectified Flow), algorithm 1.
+Source: Liu et al. 2023 (Rectified Flow).
 """
 
 from fvjax.rectification._measures import EulerError as EulerError

@@ -95,7 +95,7 @@ def reflow(
             `generate_pairs` and `mixed`, or if a part > 0 is asked for and cannot differ from part 0.
         FloatingPointError: as `generate_pairs`.
 
-    Source: Liu et al. 2023 (Rectified Flow), algorithm 1; real pairs against collapse: Zhu et al. 2024.
+    Source: Liu et al. 2023 (Rectified Flow); real pairs against collapse: Zhu et al. 2024.
     """
     _validate.positive_integer("rounds", rounds)
     _validate.positive_integer("first_round", first_round)

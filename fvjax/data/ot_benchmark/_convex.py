@@ -118,8 +118,8 @@ def convex_pairs(
         ValueError: if an option is out of range, or `split` is given for an array.
         DataError: (a ValueError) if an array is no such images.
 
-    Source: derived here; Brenier 1991 and Rockafellar 1966 for gradients of convex functions, Nesterov 2004 (2.2.1) for
-        the steps.
+    Source: derived here; Brenier 1991 and Rockafellar 1966 for gradients of convex functions, Nesterov 2004 for the
+        steps.
     """
     if not 0 <= amount <= 1:
         raise ValueError(f"amount must be in [0, 1], got {amount}")

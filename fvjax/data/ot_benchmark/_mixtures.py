@@ -108,7 +108,7 @@ def mix3tomix10(path: str | Path, dim: int, *, dtype: Any = jnp.float32) -> Opti
             shape or dimension, one that is not finite, or a network that is not convex.
         ValueError: if `dim` or `dtype` is out of range.
 
-    Source: Korotin et al. 2021 (arXiv 2106.01954), section 4.1; files and code under MIT.
+    Source: Korotin et al. 2021 (arXiv 2106.01954); files and code under MIT.
     """
     _validate.positive_integer("dim", dim)
     if not _DIMS[0] <= dim <= _DIMS[1]:
