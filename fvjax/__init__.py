@@ -4,6 +4,7 @@ The core is functions on pytrees and knows no framework. Networks (`fvjax.nets`)
 imported on their own, so that `import fvjax` costs little more than `import jax`.
 """
 
+from fvjax import auditing as auditing
 from fvjax import couplings as couplings
 from fvjax import flows as flows
 from fvjax import gaussian as gaussian
@@ -13,6 +14,8 @@ from fvjax import losses as losses
 from fvjax import metrics as metrics
 from fvjax import pairs as pairs
 from fvjax import sites as sites
+from fvjax.auditing import Audit as Audit
+from fvjax.auditing import audit as audit
 from fvjax.flows import diffuse as diffuse
 from fvjax.flows import diffusion_path as diffusion_path
 from fvjax.flows import straightness as straightness
@@ -54,6 +57,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AffineMap",
+    "Audit",
     "Coupling",
     "GradientMoments",
     "Interpolant",
@@ -61,6 +65,8 @@ __all__ = [
     "Pair",
     "PathSample",
     "VelocityField",
+    "audit",
+    "auditing",
     "batch_loss",
     "bridge_drift",
     "brownian_bridge",

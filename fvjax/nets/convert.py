@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.serialization import msgpack_restore
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from fvjax.data._torch_files import read_torch
@@ -201,6 +202,29 @@ def load_params(path: str | Path) -> Params:
     except (ValueError, AttributeError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ValueError(f"{path} must be an npz file of arrays, as save_params writes it") from error
     return unflatten_dict(arrays, sep="/")
+
+
+def load_msgpack(path: str | Path) -> Params:
+    """Reads parameters that `flax.serialization.to_bytes` or `msgpack_serialize` wrote.
+
+    Args:
+        path: of the file.
+
+    Returns:
+        Nested dicts of numpy arrays; what were lists or tuples are dicts with the keys "0", "1", ...
+
+    Raises:
+        ValueError: if it is no such file.
+        OSError: if it cannot be read.
+    """
+    content = Path(path).read_bytes()
+    try:
+        tree = msgpack_restore(content)
+    except Exception as error:  # of msgpack, of many types
+        raise ValueError(f"{path} must be a msgpack file of flax.serialization, got {_one_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise ValueError(f"{path} must hold nested dicts of arrays, got {type(tree).__name__}")
+    return tree
 
 
 @dataclasses.dataclass(frozen=True)
