@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.architectures.networks import Row, Size, Task, carried, count_parameters, make_trainer
-from experiments.common import compiled_quickly, gradient_variance
+from experiments.architectures.networks import Row, Size, Task, carried, count_parameters, make_trainer, variance_of
+from experiments.common import compiled_quickly
 from fvjax import couplings, data, metrics, pairs, training
 from fvjax.data import ot_benchmark
 from fvjax.interpolants import constant_noise, draw_paths
@@ -204,4 +204,4 @@ def _minimiser_moved(field: Any, x0: Array) -> Array:
 @functools.cache
 def _variance_of(field: Any) -> Any:
     """The gradient variance of one network, compiled once for all sigmas."""
-    return compiled_quickly(functools.partial(gradient_variance, field))
+    return compiled_quickly(functools.partial(variance_of, field))

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.architectures.networks import Row, Size, Task, carried, count_parameters, make_trainer
-from experiments.common import compiled_quickly, gradient_variance
+from experiments.architectures.networks import Row, Size, Task, carried, count_parameters, make_trainer, variance_of
+from experiments.common import compiled_quickly
 from fvjax import couplings, gaussian, metrics, training
 from fvjax.interpolants import draw_paths, linear
 from fvjax.types import AffineMap, Array, Key, Pair, Params, PathSample
@@ -191,7 +191,7 @@ def _measuring(field: Any, solvers: tuple[tuple[str, int | None], ...]) -> Any:
             return jnp.sum((predicted - (x1 - x0)) ** 2, axis=(1, 2, 3))
 
         flown = {name: carried(field, params, sources, solver=name, steps=steps) for name, steps in solvers}
-        variance = gradient_variance(field, params, problem.probe)
+        variance = variance_of(field, params, problem.probe)
         return {"residual": jax.lax.map(residual, problem.times)} | flown | variance
 
     return compiled_quickly(measured)

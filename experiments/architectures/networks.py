@@ -9,9 +9,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.common import compiled_quickly
-from fvjax import flows, gaussian, nets, training
+from fvjax import flows, gaussian, gradients, losses, nets, training
 from fvjax.interpolants import Interpolant
-from fvjax.types import AffineMap, Array, Key, Model, Pair, Params, Scalar
+from fvjax.types import AffineMap, Array, Key, Model, Pair, Params, PathSample, Scalar
 
 Row = dict[str, Any]
 
@@ -116,6 +116,15 @@ def make_trainer(size: Size, dims: tuple[int, int, int], draw: Draw, steps: int,
 def count_parameters(params: Params) -> int:
     """Numbers in all leaves."""
     return sum(leaf.size for leaf in jax.tree.leaves(params))
+
+
+def variance_of(field: Any, params: Params, probe: PathSample) -> dict[str, Array]:
+    """Total variance of the gradient of the loss that is trained, over the probe, and its noise scale."""
+    moments = gradients.gradient_moments(losses.squared_error(field, reduction="mean"), params, probe)
+    return {
+        "gradient_variance": gradients.total_variance(moments),
+        "gradient_noise_scale": gradients.gradient_noise_scale(moments),
+    }
 
 
 def carried(field: Any, params: Params, x0: Array, *, solver: str, steps: int | None = None) -> Array:

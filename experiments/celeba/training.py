@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from experiments.celeba.settings import Settings
-from experiments.common import compiled_quickly, fit_kept, gradient_variance
+from experiments.common import compiled_quickly, fit_kept
 from fvjax import flows, metrics, training
-from fvjax.interpolants import Interpolant, draw_paths
-from fvjax.types import Array, Key, Pair, Params, PathSample
+from fvjax.interpolants import Interpolant
+from fvjax.monitoring import VarianceMonitor
+from fvjax.types import Array, Key, Pair, Params
 
 
 class Task(NamedTuple):
@@ -88,14 +89,19 @@ class Trainer:
         key = jax.random.key(settings.seed)
         state_key, probe_key = jax.random.split(key)
         task = Task(pairs, settings.interpolant_of(sigma), jnp.asarray(mixed))
-        probe = _probe(probe_key, task, settings.probes)
+        pair_key, probe_key = jax.random.split(probe_key)
+        seen = drawn(pair_key, task, len(pairs.x0)) if mixed else pairs
+        monitor = VarianceMonitor(
+            self.model.apply, seen, task.interpolant, key=probe_key, draws=settings.probes, sources=0
+        )
 
         def begin() -> training.TrainState:
             state = self._first_state(state_key)
             return state if first is None else state._replace(params=first, ema_params=first)
 
         def measure(state: training.TrainState) -> Mapping[str, Any]:
-            measured = gradient_variance(self.model.apply, state.params, probe)
+            monitor.measure(int(state.step), state.params)
+            measured: dict[str, Any] = {**monitor.row(int(state.step))}
             count = settings.curve
             predicted = self._moved(state.ema_params, pairs.x0[:count])
             for target, x1 in targets.items():
@@ -124,9 +130,3 @@ def drawn(key: Key, task: Task, size: int) -> Pair:
     i = jax.random.randint(source_key, (size,), 0, n)
     j = jnp.where(task.mixed, jax.random.randint(target_key, (size,), 0, n), i)
     return Pair(task.pairs.x0[i], task.pairs.x1[j])
-
-
-def _probe(key: Key, task: Task, size: int) -> PathSample:
-    """The examples at which the gradient variance is measured."""
-    pair_key, path_key = jax.random.split(key)
-    return draw_paths(path_key, drawn(pair_key, task, size), task.interpolant)

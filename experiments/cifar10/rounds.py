@@ -177,11 +177,10 @@ def _train_on(
     start = first_round.Start(jax.eval_shape(first_state), first_state, config)
     return first_round.run(
         settings,
-        model,
         start,
         step=first_round.step_of(settings, model, coupling=couplings.paired, source=None),
         batches=batches(settings, index, pairs),
-        probe=paths_of(settings, first_pairs(pairs, settings.probes), probe_key),
+        monitor=first_round.monitor_of(settings, model, pairs, probe_key),
         folder=folder,
         label=f"round {index}",
     )

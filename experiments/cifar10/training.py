@@ -10,10 +10,11 @@ import jax.numpy as jnp
 import numpy as np
 
 from experiments.cifar10.settings import Settings
-from experiments.common import compiled_quickly, gradient_variance
+from experiments.common import compiled_quickly
 from fvjax import couplings, data, training
 from fvjax.checkpoints import Checkpoints, stop_on_sigterm
 from fvjax.interpolants import constant_noise, draw_paths
+from fvjax.monitoring import VarianceMonitor
 from fvjax.types import Array, Coupling, Key, Model, Pair, PathSample
 
 STOP_EVERY = 16
@@ -62,24 +63,36 @@ def batches(settings: Settings, images: np.ndarray, rows: slice) -> Callable[[in
 
 
 def probe_paths(settings: Settings, images: np.ndarray, key: Key, *, held_out: bool = False) -> PathSample:
-    """The examples at which loss and gradient variance are measured: coupled within this set, times drawn.
+    """The examples at which a loss is measured: `probe_pairs` with times drawn.
 
     Args:
         settings: of the run.
         images: the first ones of a split.
         key: of source, coupling, times and noise.
+        held_out: as in `probe_pairs`.
+    """
+    *_, path_key = jax.random.split(key, 3)
+    return draw_paths(path_key, probe_pairs(settings, images, key, held_out=held_out), constant_noise(settings.sigma))
+
+
+def probe_pairs(settings: Settings, images: np.ndarray, key: Key, *, held_out: bool = False) -> Pair:
+    """Images and their noise as training couples them, here within this set.
+
+    Args:
+        settings: of the run.
+        images: the first ones of a split.
+        key: of source and coupling.
         held_out: whether they are not of the training split; the noise of fixed pairs is then drawn, too.
     """
     count = len(images)
     x1 = jnp.asarray(data.batch(images, seed=0, step=0, size=count))
-    source_key, coupling_key, path_key = jax.random.split(key, 3)
+    source_key, coupling_key, _ = jax.random.split(key, 3)
     if settings.coupling == "fixed" and not held_out:
         indices = data.batch_indices(0, 0, count, count)
         x0 = jnp.asarray(fixed_sources(settings.seed, indices, settings.dims))
     else:
         x0 = jax.random.normal(source_key, x1.shape)
-    pairs = couplings_by_name()[settings.coupling](coupling_key, x0, x1)
-    return draw_paths(path_key, pairs, constant_noise(settings.sigma))
+    return couplings_by_name()[settings.coupling](coupling_key, x0, x1)
 
 
 def train(
@@ -99,7 +112,8 @@ def train(
     def first_state(key: Key) -> training.TrainState:
         return training.init_state(key, model, optimizer)
 
-    probe = probe_paths(settings, images.train[: settings.probes], probe_key)
+    pair_key, probe_key = jax.random.split(probe_key)
+    monitor = monitor_of(settings, model, probe_pairs(settings, images.train[: settings.probes], pair_key), probe_key)
     like = jax.eval_shape(first_state, state_key)
     start = Start(like, lambda: compiled_quickly(first_state)(state_key), asdict(settings))
     made = step_of(
@@ -109,7 +123,7 @@ def train(
         source=None if settings.coupling == "fixed" else training.standard_normal,
     )
     stream = batches(settings, images.train, training.process_rows(settings.batch))
-    return run(settings, model, start, step=made, batches=stream, probe=probe, folder=folder)
+    return run(settings, start, step=made, batches=stream, monitor=monitor, folder=folder)
 
 
 class Start(NamedTuple):
@@ -140,18 +154,23 @@ def step_of(
     )
 
 
+def monitor_of(settings: Settings, model: Model, pairs: Pair, key: Key) -> VarianceMonitor:
+    """The gradient variance at every row of the log. The flow has an evaluation of its own."""
+    interpolant, draws = constant_noise(settings.sigma), settings.probes
+    return VarianceMonitor(model.apply, pairs, interpolant, key=key, every=settings.log_every, draws=draws, sources=0)
+
+
 def run(
     settings: Settings,
-    model: Model,
     start: Start,
     *,
     step: training.TrainStep,
     batches: Callable[[int], Any],
-    probe: PathSample,
+    monitor: VarianceMonitor,
     folder: Path,
     label: str = "training",
 ) -> tuple[training.TrainState, list[dict[str, Any]]]:
-    """One training in one folder, with checkpoints, logged metrics and the gradient variance on `probe`.
+    """One training in one folder, with checkpoints and logged metrics, those of the monitor among them.
 
     Returns:
         The state on the first device, before the last step if it was stopped, and the rows of metrics.csv.
@@ -165,8 +184,7 @@ def run(
         with training.MetricsLog(folder, step=int(state.step)) as log:
 
             def on_log(state: training.TrainState, loss: float) -> None:
-                measured = gradient_variance(model.apply, training.on_first_device(state.params), probe)
-                log.write(int(state.step), loss=loss, **{name: float(value) for name, value in measured.items()})
+                log.write(int(state.step), loss=loss, **monitor.row(int(state.step)))
 
             state, _ = training.fit(
                 state,
@@ -179,6 +197,7 @@ def run(
                 save=checkpoints.save,
                 stop=stop if jax.process_count() == 1 else _now_and_then(stop),
                 progress=label,
+                monitor=monitor,
             )
             return training.on_first_device(state), log.rows
 

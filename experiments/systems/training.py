@@ -10,10 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from experiments.common import fit_kept, gradient_variance
+from experiments.common import fit_kept
 from experiments.systems.problems import Problem
 from fvjax import nets, training
-from fvjax.interpolants import Interpolant, draw_paths
+from fvjax.interpolants import Interpolant
+from fvjax.monitoring import VarianceMonitor
 from fvjax.types import Array, Key, Model, Pair, Params
 
 TABLE = 16_384
@@ -135,10 +136,11 @@ class Trainer:
         return Trained(state.ema_params, last["loss"], last["gradient_variance"], last["gradient_noise_scale"], seconds)
 
     def _variance(self, params: Params, table: tuple[Pair, Array], interpolant: Interpolant, key: Key) -> Any:
-        row_key, path_key = jax.random.split(key)
-        probe = draw_paths(path_key, _drawn(row_key, *table, self.settings.probes), interpolant)
-        found = gradient_variance(self.model.apply, params, probe)
-        return {name: found[name] for name in ("gradient_variance", "gradient_noise_scale")}
+        pairs, used = table
+        seen, draws = Pair(*(x[: int(used)] for x in pairs)), self.settings.probes
+        monitor = VarianceMonitor(self.model.apply, seen, interpolant, key=key, draws=draws, sources=0)
+        monitor.measure(0, params)
+        return {name: value for name, value in monitor.row(0).items() if "bin" not in name}
 
 
 def _task(table: tuple[Pair, Array], interpolant: Interpolant) -> Task:

@@ -1,6 +1,7 @@
 """What a run tells: a progress line on stderr, and its metrics as CSV and TensorBoard files."""
 
 import csv
+import math
 import sys
 import time
 from pathlib import Path
@@ -84,6 +85,8 @@ class MetricsLog:
         else:
             self._rewrite()
         for name, value in values.items():
+            if not math.isfinite(value):
+                continue  # TensorBoard cannot draw it, and tensorboardX would complain in every row
             self._board.add_scalar(name, value, step)  # type: ignore[union-attr]
         self._board.flush()  # type: ignore[union-attr]
 

@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from typing import Any
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
@@ -12,10 +12,19 @@ import numpy as np
 from fvjax import _validate
 from fvjax.training._logs import Progress
 from fvjax.training._step import TrainState, TrainStep
-from fvjax.types import Array
+from fvjax.types import Array, Params, Scalar
 
 IN_FLIGHT = 4
 """Steps that may wait on the devices, so that a long interval between two logs does not pile up batches."""
+
+
+class Monitor(Protocol):
+    """What `fit` asks of a `fvjax.monitoring.VarianceMonitor`."""
+
+    every: int
+
+    def measure(self, step: int, params: Params, *, average: Params | None = None, **also: Scalar) -> Any:
+        """Looks at the params, and at their running average."""
 
 
 class NonFiniteLossError(RuntimeError):
@@ -53,6 +62,7 @@ def fit(
     save: Callable[[TrainState], None] | None = None,
     stop: Callable[[], bool] | None = None,
     progress: str | None = None,
+    monitor: Monitor | None = None,
 ) -> tuple[TrainState, np.ndarray]:
     """Runs a training step until `state.step == steps`.
 
@@ -76,13 +86,17 @@ def fit(
         stop: asked before every step, or before every compiled call; when it says yes the loop saves and returns early.
             The state goes on as if nothing had been; the next mean of `on_log` is over the steps since the stop only.
         progress: label of a progress line with rate, remaining time and loss on stderr; None for none.
+        monitor: a `fvjax.monitoring.VarianceMonitor`. It looks at multiples of its `every` and at the end, before
+            `on_log`: at the params, and for the flow at their average. Its log gets the mean loss since its last look,
+            too. Of `every` and `log_every` one must be a multiple of the other: compiled calls end at both.
 
     Returns:
         The final state and the loss of every step made here, [final step - first step].
 
     Raises:
         ValueError: if `steps`, `log_every` or `save_every` is not an integer >= 1, `save_every` comes without `save` or
-            is not a multiple of `log_every`, or a pytree of data comes with a parallelized step.
+            is not a multiple of `log_every`, neither of `log_every` and `monitor.every` is a multiple of the other, or
+            a pytree of data comes with a parallelized step.
         NonFiniteLossError: at the next look at the losses after one is nan or infinite.
     """
     for name, value in (("steps", steps), ("log_every", log_every)):
@@ -93,24 +107,51 @@ def fit(
             raise ValueError(f"save_every must be None where there is no save, got {save_every}")
         if save_every % log_every:
             raise ValueError(f"save_every must be a multiple of log_every = {log_every}, got {save_every}")
+    look_every = log_every
+    if monitor is not None:
+        look_every = min(log_every, monitor.every)
+        if max(log_every, monitor.every) % look_every:
+            raise ValueError(
+                f"monitor.every must be a multiple or a divisor of log_every = {log_every}, got {monitor.every}"
+            )
     advance = _Stream(step, data, stop) if callable(data) else _Resident(step, data, stop)
     first = done = int(state.step)
     state = jax.tree.map(jnp.copy, state)
     losses: list[np.ndarray] = []
+    for_log, for_monitor = _Mean(), _Mean()
     stopped = False
     with nullcontext() if progress is None else closing(Progress(progress, steps, first)) as bar:
         while done < steps and not stopped:
-            target = min((done // log_every + 1) * log_every, steps)
+            target = min((done // look_every + 1) * look_every, steps)
             state, values, stopped = advance(state, done, target)
             done += len(values)
             losses.append(values)
             if bar is not None and len(values):
                 bar.update(done, float(values.mean()))
-            if on_log is not None and not stopped:
-                on_log(state, float(values.mean()))
+            for mean in (for_log, for_monitor):
+                mean.add(values)
+            if monitor is not None and not stopped and (done % monitor.every == 0 or done == steps):
+                monitor.measure(done, state.params, average=state.ema_params, loss=for_monitor.take())
+            if on_log is not None and not stopped and (done % log_every == 0 or done == steps):
+                on_log(state, for_log.take())
             if save is not None and (done == steps or stopped or (save_every is not None and done % save_every == 0)):
                 save(state)
     return state, np.concatenate(losses) if losses else np.zeros(0, np.float32)
+
+
+class _Mean:
+    """The mean of the losses since it was last taken."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray] = []
+
+    def add(self, values: np.ndarray) -> None:
+        self._parts.append(values)
+
+    def take(self) -> float:
+        mean = float(np.concatenate(self._parts).mean())
+        self._parts.clear()
+        return mean
 
 
 class _Resident:

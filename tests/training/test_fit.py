@@ -121,6 +121,46 @@ def test_what_is_logged_and_saved_when():
     assert len(saved) == 2  # a finished run is left as it is
 
 
+class Looks:
+    """A monitor that only remembers what it was given."""
+
+    def __init__(self, every):
+        self.every, self.seen = every, []
+
+    def measure(self, step, params, *, average=None, **also):
+        """Remembers."""
+        self.seen.append(("look", step, int(params), *also.values()))
+
+
+@pytest.mark.parametrize(
+    ("every", "looks"),
+    [
+        (2, [(4, 3.5), (6, 5.5), (8, 7.5), (10, 9.5), (11, 11.0)]),
+        (4, [(4, 3.5), (8, 6.5), (11, 10.0)]),
+        (8, [(8, 5.5), (11, 10.0)]),
+    ],
+)
+def test_the_monitor_looks_at_its_own_steps_and_before_the_log(every, looks):
+    """Catches looks at the steps of the log, means over the wrong steps, and a log that cannot know of the look."""
+    monitor = Looks(every)
+    options = {
+        "steps": 11,
+        "log_every": 4,
+        "on_log": lambda state, loss: monitor.seen.append(("log", int(state.step), loss)),
+    }
+    training.fit(counting(2), Counter(), np.int32, monitor=monitor, **options)
+    logs = [(4, 3.5), (8, 6.5), (11, 10.0)]
+    found = [("look", step, step - 1, loss) for step, loss in looks] + [("log", *row) for row in logs]
+    assert monitor.seen == sorted(found, key=lambda entry: (entry[1], entry[0] == "log"))
+
+
+def test_a_stopped_run_is_not_looked_at():
+    """Catches a look at a step that the resumed run does not look at."""
+    monitor, asked = Looks(4), iter([False] * 6 + [True])
+    training.fit(counting(), Counter(), np.int32, steps=50, log_every=4, monitor=monitor, stop=lambda: next(asked))
+    assert [entry[:2] for entry in monitor.seen] == [("look", 4)]
+
+
 def test_a_stop_saves_at_once():
     """Catches a stop that waits for the next log, loses the steps since the last one, or is logged as a whole mean."""
     saved, logged, asked = [], [], iter([False] * 6 + [True])
@@ -223,6 +263,10 @@ def test_a_loss_that_is_not_finite_names_its_step_and_is_never_saved(streamed, w
         ({"save_every": 4}, "save_every must be None where there is no save, got 4"),
         ({"save_every": 3, "save": print, "log_every": 2}, "save_every must be a multiple of log_every = 2, got 3"),
         ({"save_every": 0, "save": print}, "save_every must be an integer >= 1, got 0"),
+        (
+            {"monitor": Looks(6), "log_every": 4},
+            "monitor.every must be a multiple or a divisor of log_every = 4, got 6",
+        ),
         ({"data": batch(0)}, "data must be a function where the step is parallelized, got Pair"),
         ({"data": lambda i: batch(i)[:1]}, "batch must divide evenly among the 3 devices of this process, got 8 exam"),
         ({"data": lambda i: (np.zeros(3), np.zeros(6))}, "batch must have one common leading axis"),
