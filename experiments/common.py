@@ -1,11 +1,9 @@
 """What every experiment does around its computation: command line, run folder, results, progress."""
 
+import contextlib
 import csv
-import functools
 import io
 import json
-import platform
-import shlex
 import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from datetime import datetime
@@ -17,8 +15,6 @@ import numpy as np
 import tyro
 from matplotlib.figure import Figure
 
-import fvjax
-from fvjax import gradients
 from fvjax.checkpoints import (
     CheckpointError,
     Checkpoints,
@@ -27,9 +23,8 @@ from fvjax.checkpoints import (
     stop_on_sigterm,
 )
 from fvjax.data import DataError
-from fvjax.losses import squared_error
+from fvjax.report import Page, environment, figure_svg
 from fvjax.training import MetricsLog, NonFiniteLossError, Progress, TrainState, TrainStep, fit
-from fvjax.types import Params, PathSample
 
 Config = TypeVar("Config")
 Item = TypeVar("Item")
@@ -40,7 +35,12 @@ class SettingsError(ValueError):
 
 
 class RunFolder:
-    """A new folder that receives the files of one run, each written whole or not at all."""
+    """A new folder that receives the files of one run, each written whole or not at all.
+
+    Attributes:
+        path: of the folder.
+        drawn: the figures of this run as SVG, by name, in the order in which they were drawn.
+    """
 
     def __init__(self, path: Path, *, resume: bool = False) -> None:
         """Creates the folder, or takes that of an earlier run to `resume`. Only the first process writes into it.
@@ -49,6 +49,7 @@ class RunFolder:
             ValueError: if it exists and is not an empty folder, or does not where there is a run to resume.
         """
         self.path = path
+        self.drawn: dict[str, str] = {}
         self._writes = jax.process_index() == 0
         if resume and not path.is_dir():
             raise ValueError(f"--out must be the folder of a run where --resume is given, got {path}")
@@ -82,24 +83,41 @@ class RunFolder:
         self._write(name, stream.getvalue())
 
     def write_figure(self, name: str, figure: Figure, rows: Sequence[Mapping[str, Any]] | None) -> None:
-        """Writes a figure as PNG and PDF, and the numbers that it shows, if it shows numbers, as CSV beside it."""
+        """Writes a figure as PNG and PDF, and the numbers that it shows, if it shows numbers, as CSV beside it.
+
+        Its drawing is kept in `drawn` for the report.
+        """
         if not self._writes:
             return
         folder = RunFolder(self.path / "figures", resume=(self.path / "figures").is_dir())
         for ending in ("png", "pdf"):
-            partial = folder.path / f".{name}.partial.{ending}"
-            figure.savefig(partial, dpi=150, metadata={"CreationDate": None} if ending == "pdf" else None)
-            partial.replace(folder.path / f"{name}.{ending}")
-            figure.set_layout_engine("none")  # the layout is done, and the slowest part
+            with _whole(folder.path / f"{name}.{ending}") as partial:
+                figure.savefig(partial, dpi=150, metadata={"CreationDate": None} if ending == "pdf" else None)
+            figure.set_layout_engine(None)  # the layout is done, and the slowest part; "none" would still draw twice
         if rows is not None:
             folder.write_csv(f"{name}.csv", rows)
+        self.drawn[name] = figure_svg(figure)
+
+    def write_report(self, page: Page) -> None:
+        """Writes report.html: one file that needs no other."""
+        self._write("report.html", page.to_html().encode())
 
     def _write(self, name: str, content: bytes) -> None:
         if not self._writes:
             return
-        partial = self.path / f".{name}.partial"
-        partial.write_bytes(content)
-        partial.replace(self.path / name)
+        with _whole(self.path / name) as partial:
+            partial.write_bytes(content)
+
+
+@contextlib.contextmanager
+def _whole(path: Path) -> Iterator[Path]:
+    """Another path, which takes the place of `path` in the end, or is removed if that is not reached."""
+    partial = path.with_name(f".{path.stem}.partial{path.suffix}")
+    try:
+        yield partial
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _plain(value: Any) -> Any:
@@ -174,24 +192,6 @@ def keep_config(wanted: Mapping[str, Any], folder: RunFolder, *, resume: bool) -
     folder.write_json("config.json", {"config": wanted, "environment": environment()})
 
 
-def environment() -> dict[str, str]:
-    """Versions and machine: what a reader needs to compare two runs."""
-    versions = {name: module.__version__ for name, module in (("jax", jax), ("numpy", np), ("fvjax", fvjax))}
-    return {
-        **versions,
-        "python": platform.python_version(),
-        "platform": f"{platform.system()} {platform.machine()}",
-        "device": jax.devices()[0].device_kind,
-        "command": shlex.join(["python", "-m", *_module_and_arguments()]),
-    }
-
-
-def _module_and_arguments() -> list[str]:
-    spec = getattr(sys.modules["__main__"], "__spec__", None)
-    module = spec.name.removesuffix(".__main__") if spec is not None else Path(sys.argv[0]).name
-    return [module, *sys.argv[1:]]
-
-
 class Stopped(Exception):
     """SIGTERM came: the checkpoint is written, the run can be resumed."""
 
@@ -263,21 +263,6 @@ def compiled_quickly(function: Callable[..., Any]) -> Callable[..., Any]:
     return jax.jit(function, compiler_options=quick)
 
 
-@functools.partial(jax.jit, static_argnames=("field", "bins"))
-def gradient_variance(field: Any, params: Params, probe: PathSample, *, bins: int = 4) -> dict[str, jax.Array]:
-    """Total variance of the gradient of the mean loss over the probe, its noise scale, and that in each time bin."""
-    loss = squared_error(field, reduction="mean")
-    by = gradients.time_bins(probe.t, bins)
-    grouped = gradients.gradient_moments(loss, params, probe, by=by, groups=bins)
-    moments = gradients.merge_groups(grouped)
-    variances = gradients.total_variance(grouped)
-    return {
-        "gradient_variance": gradients.total_variance(moments),
-        "gradient_noise_scale": gradients.gradient_noise_scale(moments),
-        **{f"gradient_variance_bin_{k}": variances[k] for k in range(bins)},
-    }
-
-
 def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> str:
     """A plain text table: `columns` maps a key of the rows to a format such as ".3g" ("" for text)."""
     cells = [list(columns)] + [[_cell(row.get(key), form) for key, form in columns.items()] for row in rows]
@@ -292,7 +277,7 @@ def _cell(value: Any, form: str) -> str:
 def command_line(
     config_type: type[Config], check: Callable[[Config], None], main: Callable[[Config, RunFolder], Any], name: str
 ) -> None:
-    """Parses, checks and runs; then prints the folder's name.
+    """Parses, checks and runs; then prints the names of the report and of the folder.
 
     One line and exit 2 on bad input, one line and exit 1 on a loss or a sample that is not finite or a checkpoint that
     cannot be written. A folder that is still empty then is removed.
@@ -321,4 +306,6 @@ def command_line(
         print(f"error: {error}; what was finished is in {folder.path}", file=sys.stderr)
         sys.exit(1)
     if jax.process_index() == 0:
+        if (folder.path / "report.html").is_file():
+            print(f"report: {folder.path / 'report.html'}")
         print(f"results: {folder.path}")

@@ -35,7 +35,7 @@ class Config:
     Part gaussian: x1 = mu + A x0 in 16 dimensions with fresh pairs in every batch; the residual of each network against
     the field of Lemma 1 over width and depth, over t, and with 4 times the steps. Part digits: who memorizes shuffled
     optimal pairs of 8x8 images, at which sigma, after how many steps. 2 CPU cores: 10 minutes. Writes config.json,
-    results.json, rows.csv, cells/ and figures/ into the run folder.
+    results.json, rows.csv, cells/, figures/ and report.html into the run folder.
     """
 
     parts: Annotated[tuple[Literal["gaussian", "digits"], ...], tyro.conf.arg(help="what to run")] = (

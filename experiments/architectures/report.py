@@ -9,6 +9,7 @@ from scipy import stats
 from experiments.architectures.digits import MINIMISER
 from experiments.architectures.gaussian_task import EXACT
 from experiments.architectures.networks import Row
+from experiments.architectures.page import make_page
 from experiments.common import RunFolder, table
 from experiments.plots import architectures as plots
 
@@ -43,6 +44,7 @@ def write(folder: RunFolder, content: dict[str, Any]) -> None:
             figure = plots.digits_curves(digits["rows"], digits["training"], title=title)
             folder.write_figure("digits", figure, digits["training"])
         _print_digits(digits)
+    folder.write_report(make_page(folder, content))
     print("\nwhat the numbers say")
     print("\n".join(f"- {sentence}" for sentence in sentences) + "\n")
 

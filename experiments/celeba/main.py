@@ -10,14 +10,17 @@ import numpy as np
 import tyro
 
 from experiments import plots
-from experiments.celeba import cells, sweep
+from experiments.celeba import cells, kept, sweep
 from experiments.celeba.cells import Cell
+from experiments.celeba.page import make_page
 from experiments.celeba.problem import Problem, Source, baselines, counts, draw, find_source
 from experiments.celeba.settings import Settings, log_and_save, preset_of
 from experiments.celeba.training import Trainer
-from experiments.common import RunFolder, SettingsError, Stopped, environment, table
+from experiments.common import RunFolder, SettingsError, Stopped, table
 from fvjax import _validate, data
 from fvjax.data import ot_benchmark
+from fvjax.report import environment
+from fvjax.types import Pair, Params
 
 VERIFIED = 2000
 """Up to so many pairs are checked to be optimally coupled."""
@@ -34,8 +37,8 @@ class Config:
 
     CelebA where tensorflow-datasets has prepared it, otherwise scikit-learn's 8x8 digits (under 6 minutes on 2 CPU
     cores). Expected on digits: sigma 0 returns its shuffled pairs (L2 below 1), sigma 1 is closer to the optimal
-    transport. Writes config.json, results.json, tables as CSV, cells/ (checkpoints, metrics) and figures/ into the run
-    folder.
+    transport. Writes config.json, results.json, tables as CSV, cells/ (checkpoints, metrics), flows/ (for `fvjax
+    audit`), figures/ and report.html into the run folder.
     """
 
     sigma: Sigmas = (0.0, 0.05, 0.5, 1.0)
@@ -181,7 +184,7 @@ def main(config: Config, folder: RunFolder) -> None:
     key = jax.random.fold_in(jax.random.key(settings.seed), 7)
     problem = draw(key, source, settings.coupling, pairs=settings.pairs, held_out=settings.held_out)
     try:
-        done = _all_cells(config, settings, problem, folder)
+        done, flows = _all_cells(config, settings, problem, folder)
         swept = sweep.run(settings, source, config.sizes, key=key, folder=folder, smoke=config.smoke)
     except Stopped as stopped:
         print(f"stopped: {stopped}; go on with --out {folder.path} --resume")
@@ -193,27 +196,40 @@ def main(config: Config, folder: RunFolder) -> None:
         if results[name]:
             folder.write_csv(f"{name}.csv", results[name])
     _figures(settings, problem, done, results, folder=folder)
+    folder.write_report(make_page(folder, results, notice=source.notice, flows=flows, smoke=config.smoke))
     _report(settings, results)
 
 
-def _all_cells(config: Config, settings: Settings, problem: Problem, folder: RunFolder) -> list[Cell]:
-    """Table 2's networks, and with --reflow those of Table 3: independent pairs, then pairs that they generate."""
+def _all_cells(
+    config: Config, settings: Settings, problem: Problem, folder: RunFolder
+) -> tuple[list[Cell], list[dict[str, Any]]]:
+    """Table 2's networks, and with --reflow those of Table 3: independent pairs, then pairs that they generate.
+
+    And where each of them is kept.
+    """
     trainer = Trainer(settings)
     common: dict[str, Any] = {"folder": folder, "smoke": config.smoke}
-    done = []
+    done: list[Cell] = []
+    flows: list[dict[str, Any]] = []
+
+    def add(cell: Cell, trained: Pair, before: Params = None) -> None:
+        done.append(cell)
+        flows.append(kept.keep(trainer, problem, cell, trained, folder=folder, before=before))
+
     for sigma in config.sigma:
         cell = cells.run_cell(
             trainer, problem, settings.coupling, sigma, trained=problem.trained, mixed=problem.mixed, **common
         )
-        done.append(cell)
+        add(cell, problem.trained)
         if not config.reflow:
             continue
         if settings.coupling != "independent":
             cell = cells.run_cell(trainer, problem, "independent", sigma, trained=problem.optimal, mixed=True, **common)
-            done.append(cell)
+            add(cell, problem.optimal)
         pairs = cells.generated(trainer, cell, problem.optimal.x0, folder=folder)
-        done.append(cells.run_cell(trainer, problem, "reflow", sigma, trained=pairs, first=cell.params, **common))
-    return done
+        second = cells.run_cell(trainer, problem, "reflow", sigma, trained=pairs, first=cell.params, **common)
+        add(second, pairs, cell.params)
+    return done, flows
 
 
 def _results(settings: Settings, problem: Problem, done: list[Cell], *, swept: Mapping[str, Any]) -> dict[str, Any]:

@@ -12,11 +12,13 @@ import tyro
 from experiments import plots
 from experiments.cifar10 import evaluation
 from experiments.cifar10.comparison import round_rows
+from experiments.cifar10.page import make_page
 from experiments.cifar10.rounds import Finished, train_rounds
 from experiments.cifar10.settings import CPU, CPU_LARGE, LARGE, PAIRS, PAPER, SMOKE, Rounds, Settings, find_data
 from experiments.cifar10.training import train
-from experiments.common import RunFolder, SettingsError, environment, table
+from experiments.common import RunFolder, SettingsError, table
 from fvjax import _validate, data, metrics, training
+from fvjax.report import environment
 
 GRID = 100
 """Samples that the grid shows; 256 of each solver are kept."""
@@ -37,9 +39,9 @@ class Config:
     Preset paper: the U-Net of 35.7M parameters, batch 128, 400,001 steps, FID by --inception. Preset cpu, chosen where
     there is no GPU or no data: a small U-Net on scikit-learn's digits; expected: legible digits and a distance to the
     held-out images near that of the training images. Writes config.json, results.json, metrics.csv, tensorboard/,
-    checkpoints/, samples.npz and figures/ into the run folder. With --rounds K the first results are those of round 1,
-    results.json gets "rounds", and round k keeps its pairs, checkpoints and metrics in rounds/<k>/; a finished run can
-    be resumed with more rounds.
+    checkpoints/, samples.npz, figures/ and report.html into the run folder. With --rounds K the first results are
+    those of round 1, results.json gets "rounds", and round k keeps its pairs, checkpoints and metrics in rounds/<k>/; a
+    finished run can be resumed with more rounds.
     """
 
     preset: Annotated[
@@ -239,6 +241,8 @@ def main(config: Config, folder: RunFolder) -> None:
     folder.write_json("results.json", results)
     if rows:
         folder.write_figure("training", plots.image_training(rows, title=title), rows)
+    if jax.process_index() == 0:
+        folder.write_report(make_page(folder, results, asdict(config), notice))
     say(f"\n{images.name}: loss {results['loss']:.4f} (held out {results['loss_test']:.4f})")
     floor = results["distance_floor"]
     say(f"distances of {settings.samples} samples; features: {features.name}; between the splits: {floor:.4g}")

@@ -107,7 +107,7 @@ LARGE = 256
 SMOKE: dict[str, Any] = {
     "network": {
         "channels": 8,
-        "multipliers": (1, 2),
+        "multipliers": (1,),
         "attention": (),
         "res_blocks": 1,
         "heads": 1,

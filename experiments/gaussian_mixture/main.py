@@ -25,7 +25,7 @@ class Config:
     batches. Reports squared MMDs (generalization, memorization) beside their floor, the L2 to the training target, and
     the same of the exact minimiser of the same pairs and of infinitely many. Flows start at x0 itself. 2 CPU cores: 6
     minutes. Expected at d = 50: noise lowers the generalization MMD, and at 0.05 nearly all training sources still end
-    nearest to their own target. Writes config.json, results.json, rows.csv, cells/ and figures/ into the run folder.
+    nearest to their own target. Writes config.json, results.json, rows.csv, cells/, figures/ and report.html.
     """
 
     dims: Annotated[tuple[int, ...], tyro.conf.arg(help="dimensions, each with a mixture and a kernel of its own")] = (

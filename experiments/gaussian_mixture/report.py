@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from experiments.common import RunFolder, table
+from experiments.gaussian_mixture.page import make_page
 from experiments.gaussian_mixture.problem import Row
 from experiments.plots import mixture as plots
 from fvjax import flows
@@ -34,10 +35,12 @@ def write(folder: RunFolder, content: Mapping[str, Any]) -> None:
         for x, y in view["points"]
     ]
     folder.write_figure("samples", figure, points)
-    _print(content)
+    comparison = _beside_published(content["summary"], content["published"]["rows"])
+    folder.write_report(make_page(folder, content, comparison))
+    _print(content, comparison)
 
 
-def _print(content: Mapping[str, Any]) -> None:
+def _print(content: Mapping[str, Any], comparison: Sequence[Row]) -> None:
     print(f"\n{KERNEL}")
     for law in content["data"]:
         print(f"d = {law['dim']}: s_b = {', '.join(f'{width:.3g}' for width in law['bandwidths'])}")
@@ -50,7 +53,7 @@ def _print(content: Mapping[str, Any]) -> None:
     print("\nfloors: two independent samples of the target law, mean and 95% of 200 divisions")
     print(table(content["floors"], {"dim": "", "measure": "", "n": "", "mean": ".2e", "low": ".2e", "high": ".2e"}))
     print("\nmean over repeats [95% t interval] beside the published values")
-    print(table(_beside_published(content["summary"], content["published"]["rows"]), _PUBLISHED_COLUMNS))
+    print(table(comparison, _PUBLISHED_COLUMNS))
     print(content["published"]["note"])
     print("\nconclusions")
     for row in content["conclusions"]:

@@ -9,10 +9,12 @@ import jax
 import numpy as np
 import tyro
 
-from experiments import plots
-from experiments.common import RunFolder, environment, progress, table
+from experiments import plots, report
+from experiments.common import RunFolder, progress, table
 from experiments.gaussian_rotation import rotation, variance
+from experiments.gaussian_rotation.page import make_page
 from fvjax import _validate, gaussian
+from fvjax.report import environment
 
 PHASE_RUNS = ((60.0, 0.5), (120.0, 0.2), (120.0, 0.5), (165.0, 0.1), (170.0, 0.02))
 """(angle, sigma) of further networks, trained for half the steps, that test the phase diagram away from Figure 6."""
@@ -27,7 +29,8 @@ class Config:
 
     2 CPU cores: 5.5 minutes. Expected: at 150 degrees and sigma = 0 trained networks return their
     pairs to an L2 below 0.02 with every solver; at sigma = 0.05 the learned angle is 146.8 degrees; at 180 degrees the
-    answer depends on the solver. Writes config.json, results.json and figures/ into the run folder.
+    answer depends on the solver. Writes config.json, results.json, figures/, flows/ (for `fvjax audit`) and report.html
+    into the run folder.
     """
 
     dim: Annotated[int, tyro.conf.arg(help="dimension of the Gaussians, >= 2; all coordinate planes are rotated")] = 2
@@ -109,6 +112,7 @@ class Run:
     config: Config
     folder: RunFolder
     results: dict[str, list[variance.Row]]
+    flows: list[variance.Row]
 
     @property
     def key(self) -> jax.Array:
@@ -145,7 +149,7 @@ def main(config: Config, folder: RunFolder) -> dict[str, list[variance.Row]]:
     config = _at_toy_size(config) if config.smoke else config
     print(f"gaussian_rotation: target {config.target}, dim {config.dim}, seed {config.seed}")
     folder.write_json("config.json", {"config": asdict(config), "environment": environment()})
-    run = Run(config, folder, {name: [] for name in SECTIONS})
+    run = Run(config, folder, {name: [] for name in SECTIONS}, [])
     if config.target != "digits":
         _train_all(run)
     with jax.enable_x64(True):
@@ -154,6 +158,7 @@ def main(config: Config, folder: RunFolder) -> dict[str, list[variance.Row]]:
         if config.target != "gaussian":
             _digits(run)
     folder.write_json("results.json", run.results)
+    folder.write_report(make_page(folder, run.results, asdict(config), run.flows))
     _report(run.results)
     return run.results
 
@@ -226,6 +231,7 @@ def _train_all(run: Run) -> None:
         expected = {"angle_expected": rotation.expected_angle(trained)}
         accurate = [row | expected for row in rows if (row["solver"], row["split"]) == ("dopri5", "held_out")]
         run.add(learned=accurate)
+        run.flows.append(_kept(run.folder, trained, settings))
         if index < len(cells):
             exact = rotation.minimiser_rows(trained, solvers)
             run.add(rotation=rows, rotation_minimiser=exact, training=trained.log)
@@ -233,6 +239,22 @@ def _train_all(run: Run) -> None:
             x1 = np.asarray(trained.held_out.x1)[: len(paths), :2]
             shown.append({"angle": angle, "sigma": sigma, "paths": paths, "x1": x1})
     _trained_figures(run, shown)
+
+
+def _kept(folder: RunFolder, trained: rotation.Trained, settings: rotation.Settings) -> variance.Row:
+    """Keeps a network for `fvjax audit`, with the targets of optimal transport, x0 + 5."""
+    return report.keep_flow(
+        folder,
+        f"angle_{trained.angle:g}_sigma_{trained.sigma:g}",
+        params=trained.params,
+        otherwise="nowhere",
+        field="fvjax.nets:mlp",
+        arguments={"dims": settings.dim, "width": settings.width},
+        pairs=trained.train,
+        interpolant=("constant_noise", {"sigma": trained.sigma}),
+        held_out=trained.held_out,
+        ot_targets=trained.train.x0 + 5,
+    )
 
 
 def _trained_figures(run: Run, shown: Sequence[dict[str, Any]]) -> None:

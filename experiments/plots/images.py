@@ -8,17 +8,22 @@ from matplotlib.figure import Figure
 from experiments.plots._style import BLUE, GREEN, ORANGE, PURPLE, RED, Row, column
 
 
+def opaque(images: np.ndarray) -> np.ndarray:
+    """Images, uint8 [..., h, w, c] with 1 or 3 channels, as RGBA: what is padded with 0 is transparent, not white."""
+    colours = np.repeat(images, 3, axis=-1) if images.shape[-1] == 1 else images
+    return np.concatenate([colours, np.full((*images.shape[:-1], 1), 255, np.uint8)], axis=-1)
+
+
 def image_grid(images: np.ndarray, *, title: str, columns: int = 10) -> Figure:
     """Images, uint8 [n, h, w, c], side by side in rows of `columns`."""
-    count, height, width, channels = images.shape
+    count, height, width, _ = images.shape
     rows = -(-count // columns)
-    padded = np.concatenate([images, np.full((rows * columns - count, height, width, channels), 255, np.uint8)])
-    spaced = np.pad(padded, ((0, 0), (0, 1), (0, 1), (0, 0)), constant_values=255)
-    tiled = spaced.reshape(rows, columns, height + 1, width + 1, channels).transpose(0, 2, 1, 3, 4)
-    whole = tiled.reshape(rows * (height + 1), columns * (width + 1), channels)
+    spaced = np.pad(opaque(images), ((0, rows * columns - count), (0, 1), (0, 1), (0, 0)))
+    tiled = spaced.reshape(rows, columns, height + 1, width + 1, 4).transpose(0, 2, 1, 3, 4)
+    whole = tiled.reshape(rows * (height + 1), columns * (width + 1), 4)
     figure = Figure(figsize=(6, 6 * whole.shape[0] / whole.shape[1] + 0.15), layout="constrained")
     axes = figure.subplots()
-    axes.imshow(whole.squeeze(-1) if channels == 1 else whole, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
+    axes.imshow(whole, interpolation="nearest")
     axes.set_axis_off()
     axes.set_title(title, fontsize=10)
     return figure
@@ -38,10 +43,14 @@ def image_training(rows: Sequence[Row], *, title: str) -> Figure:
         variance.plot(steps, column(rows, name), color=color, lw=1, label=label)
     variance.set_ylabel("total gradient variance")
     figure.legend(*variance.get_legend_handles_labels(), loc="outside lower center", ncols=5, frameon=False)
-    noise.plot(steps, column(rows, "gradient_noise_scale"), color=PURPLE)
+    # It is infinite where the draws do not tell the mean gradient from 0: a gap.
+    scales = column(rows, "gradient_noise_scale")
+    scales = np.where(np.isfinite(scales), scales, np.nan)
+    noise.plot(steps, scales, color=PURPLE, marker=".", ms=3)
     noise.set_ylabel("gradient noise scale [examples]")
-    for axes in (loss, variance, noise):
+    for axes in (loss, variance, noise) if np.isfinite(scales).any() else (loss, variance):
         axes.set_yscale("log")
+    for axes in (loss, variance, noise):
         axes.set_xlabel("training step")
     figure.suptitle(title)
     return figure

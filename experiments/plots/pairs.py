@@ -10,6 +10,7 @@ from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.ticker import NullFormatter
 
 from experiments.plots._style import BLUE, COLORS, GREEN, GREY, PURPLE, RED, Row, column, select
+from experiments.plots.images import opaque
 
 TARGETS = {
     "ot": (BLUE, "optimal target"),
@@ -20,17 +21,17 @@ TARGETS = {
 
 def image_rows(rows: Mapping[str, np.ndarray], *, title: str) -> Figure:
     """Strips of images, uint8 [n, h, w, c] each, one below the other with their names on the left."""
-    count, height, width, channels = next(iter(rows.values())).shape
+    count, height, width, _ = next(iter(rows.values())).shape
     figure = Figure(
         figsize=(0.75 * count + 1.4, 0.75 * height / width * len(rows) + 0.5),
         layout=ConstrainedLayoutEngine(w_pad=0.15),
     )
     panels = figure.subplots(len(rows), 1, squeeze=False)[:, 0]
     for axes, (name, images) in zip(panels, rows.items(), strict=True):
-        spaced = np.pad(images, ((0, 0), (0, 0), (0, 1), (0, 0)), constant_values=255)
-        strip = spaced.transpose(1, 0, 2, 3).reshape(height, count * (width + 1), channels)[:, :-1]
-        shown = strip.squeeze(-1) if channels == 1 else strip
-        axes.imshow(shown, cmap="gray", interpolation="nearest", vmin=0, vmax=255)
+        spaced = np.pad(opaque(images), ((0, 0), (0, 0), (0, 1), (0, 0)))
+        strip = spaced.transpose(1, 0, 2, 3).reshape(height, count * (width + 1), 4)[:, :-1]
+        axes.imshow(strip, interpolation="nearest")
+        axes.patch.set_visible(False)
         axes.set_xticks([])
         axes.set_yticks([])
         axes.spines[:].set_visible(False)

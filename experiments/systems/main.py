@@ -26,7 +26,7 @@ class Config:
     Every problem has fixed training pairs at random: who memorizes them, who finds the transport, how straight, at
     which price? Under 10 minutes on 2 CPU cores. Expected: on the Gaussian test DSBM's Cov(X0, X1) near 0.618; on
     digits CFM and ReFlow without noise return more than 9 of 10 sources to their wrong target, minibatch OT almost
-    none. Writes config.json, results.json, rows.csv, rounds.csv, cells/, networks/ and figures/ into the run folder.
+    none. Writes config.json, results.json, rows.csv, rounds.csv, cells/, networks/, figures/ and report.html.
     """
 
     problems: Annotated[

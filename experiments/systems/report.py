@@ -6,22 +6,9 @@ from typing import Any
 
 from experiments.common import RunFolder, table
 from experiments.plots import systems as plots
+from experiments.systems.page import GENERALIZATION, MEMORIZATION, NAMED, PRICE, make_page
 
 Row = Mapping[str, Any]
-
-NAMED = {"problem": "", "system": "", "sigma": "g", "sampler": ""}
-GENERALIZATION = {"l2_ot_mean": ".3f", "l2_ot_std": ".3f", "mmd": ".5f", "mmd_floor": ".5f", "mmd_floor_std": ".5f"}
-MEMORIZATION = {"train_l2_pair_mean": ".3f", "train_l2_ot_mean": ".3f", "recovered": ".3f", "memorized": ".3f"}
-PRICE = {
-    "straightness": ".3g",
-    "evaluations": ".0f",
-    "euler_4": ".3g",
-    "gradient_variance": ".3g",
-    "loss": ".4g",
-    "steps": "",
-    "seconds": ".1f",
-    "pair_seconds": ".1f",
-}
 
 
 def conclusions(rows: Sequence[Row]) -> list[dict[str, Any]]:
@@ -70,6 +57,7 @@ def write(folder: RunFolder, content: Mapping[str, Any]) -> None:
     if rounds:
         figure = plots.rounds(rounds, content["recursion"], title=title)
         folder.write_figure("rounds", figure, rounds)
+    folder.write_report(make_page(folder, content))
     _print(content, title)
 
 

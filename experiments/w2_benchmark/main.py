@@ -31,7 +31,7 @@ class Config:
     Trains one network for each dimension, coupling and sigma, and reports L2-UVP and cosine on held-out sources as that
     benchmark does, and the distance to the optimal and to the training target on training sources. d = 2, 16, 64 take
     10 minutes of CPU time. Expected where sigma = 0: L2-UVP below 20% with OT pairs, and above 100% with shuffled pairs
-    of d >= 16. Writes config.json, results.json, rows.csv, cells/ and figures/ into the run folder.
+    of d >= 16. Writes config.json, results.json, rows.csv, cells/, figures/ and report.html.
     """
 
     data: Annotated[

@@ -5,6 +5,7 @@ from typing import Any
 
 from experiments.common import RunFolder, table
 from experiments.plots import w2 as plots
+from experiments.w2_benchmark.page import make_page
 from fvjax import flows
 
 TRAINED = {"solver": "", "solver_steps": "", "training_steps": "", "training_loss": ".4f"}
@@ -28,6 +29,7 @@ def write(folder: RunFolder, content: Mapping[str, Any]) -> None:
         folder.write_figure("memorization", figure, train)
     figure = plots.benchmark_losses(content["training"], title=title)
     folder.write_figure("training", figure, content["training"])
+    folder.write_report(make_page(folder, content))
     _print(every, held_out, published)
 
 
