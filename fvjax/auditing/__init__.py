@@ -1,10 +1,10 @@
 """The memorization audit: does MY flow learn a map, or memorize its pairs?
 
-audit = fvjax.audit(field, params, pairs, key=key, held_out=held_out_pairs)
-print(audit)                                # the verdict in words, with the numbers behind it
-audit.to_html("audit.html")                 # one page with figures
-audit.pair_memorization.verdict             # "memorizes", "follows a rule", "lets go" or "undecided"
-"""
+    audit = fvjax.audit(field, params, pairs, key=key, held_out=held_out_pairs)
+    print(audit)                                # the verdict in words, with the numbers behind it
+    audit.to_html("audit.html")                 # one page with figures
+    audit.pair_memorization.verdict             # "memorizes", "follows a rule", "lets go" or "undecided"
+    """
 
 from fvjax.auditing._audit import audit as audit
 from fvjax.auditing._result import Audit as Audit

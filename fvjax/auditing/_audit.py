@@ -43,8 +43,8 @@ def audit(
                                                               `ot_targets` to say
     r above 1/2, held-out share below 1/2                     "memorizes"
     r below 1/2                                               "lets go"
-    r above 1/2 without held-out PAIRS, or with fewer than    "undecided"; the reason says what to give
-    20; an interval that contains 1/2; most solves failed
+    r above 1/2 without 20 or more held-out PAIRS             "undecided"; the reason says what to give
+    an interval that contains 1/2; most solves failed         "undecided"
     ========================================================  ==========================================================
 
     "Above" means the lower limit of the interval, "below" the upper one. In one and two dimensions thousands of targets
@@ -64,8 +64,7 @@ def audit(
     equal targets                   count as one; arriving at a copy is a return; the report gives their number
     pairs redrawn at every step     pass one draw of them: r is near 1/N, "lets go". Only data memorization can happen
     a failed solve                  that source counts as not returned
-    velocities not finite at        ValueError
-    points of the training paths
+    velocities not finite           ValueError, at points of the training paths
     gamma(0) > 0                    the flow starts at x0 itself, not at x0 + gamma(0) z
     ==============================  ====================================================================================
 

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullLocator
 
 from fvjax.auditing._statistics import QUANTILES
 from fvjax.auditing._types import Distances, Perplexity
@@ -105,6 +106,8 @@ def identifiability(audit: "Audit") -> Figure:
     left.set_ylabel("possible pairs of a point")
     _perplexities(right, [row.sigma for row in found.by_sigma], found.by_sigma, GREEN)
     right.set_xscale("log")
+    right.set_xticks([row.sigma for row in found.by_sigma], [f"{row.sigma:.2g}" for row in found.by_sigma])
+    right.xaxis.set_minor_locator(NullLocator())
     right.set_xlabel("constant noise sigma (units of x), at t = 1/2")
     lines = (("predicted", noise.predicted, RED, "--"), ("measured", noise.measured, "black", "-"))
     shown = [line for line in lines if line[1] is not None and 0 < line[1] < np.inf]

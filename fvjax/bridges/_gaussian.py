@@ -5,8 +5,7 @@ Gaussian about it is a `GaussianCoupling`, so that the fields of its Markovian p
 `fvjax.gaussian.population_minimiser`:
 
 =================  ==================================================================================
-velocity of the    population_minimiser(coupling, brownian_bridge(sigma))                    (t, x)
-probability flow
+velocity           population_minimiser(coupling, brownian_bridge(sigma)), probability flow  (t, x)
 forward drift      population_minimiser(coupling, bridge_drift(sigma))                       (t, x)
 backward drift     population_minimiser(swapped(coupling), bridge_drift(sigma))              (1 - t, x)
 =================  ==================================================================================
@@ -150,8 +149,8 @@ def markov_coupling(coupling: GaussianCoupling, sigma: Scalar) -> GaussianCoupli
     =====================  ===========================================================================================
     sigma = 0              one exact round of ReFlow: x1 becomes a function of x0. From independent ends it is the OT
                            map where S0 and S1 commute, and not in general
-    sigma = 0 and V_t      not determined (180 degrees at t = 1/2): the flow meets a pole, which a step may miss
-    singular on the way
+    V_t singular           not determined at sigma = 0 (180 degrees at t = 1/2): the flow meets a pole on the way, which
+                           a step may miss
     S0 singular            fine for sigma > 0: the diffusion leaves the support of x0 and comes back
     S1 singular            Cov(X1, X0) is 0 in that direction to the tolerance
     =====================  ===========================================================================================

@@ -156,16 +156,16 @@ def exact_gradient_variance(params: AffineMap, coupling: GaussianCoupling, inter
     =====================================  =============================================================================
     gamma = 0, params = pair_optimal(map)  0 for every map, also where I + t (A - I) is singular at some t: the residual
                                            is below its rounding error, which counts as 0 (Proposition 1)
-    I + t Theta singular at some t, and    inf: b = C^-1 y has a pole there, |b|^2 is not integrable. For rotated
-    x_t not degenerate there               Gaussians N(0, I) that is 180 degrees with sigma > 0; for other covariances
-                                           already every angle at which A has a negative real eigenvalue; for a singular
-                                           target covariance (constant coordinates, t = 1) any angle with sigma > 0
-    the same, but loss and x_t vanish      finite (sigma = 0: the OT field of a target with constant coordinates)
-    at that t with the singular direction
-    gamma = 0 at an end of `time_range`    inf: E|gamma' z|^2 is not integrable (the Brownian bridge on [0, 1]; its
-    with (gamma^2)' > 0                    default `time_range` keeps away from the ends)
-    gamma' infinite at an end, and no      nan: cannot be told
-    `noise_rate`
+    I + t Theta singular at some t         inf, if x_t is not degenerate there: b = C^-1 y has a pole, |b|^2 is not
+                                           integrable. For rotated Gaussians N(0, I) that is 180 degrees with sigma > 0;
+                                           for other covariances already every angle at which A has a negative real
+                                           eigenvalue; for a singular target covariance (constant coordinates, t = 1)
+                                           any angle with sigma > 0. Finite, if loss and x_t vanish at that t with the
+                                           singular direction (sigma = 0: the OT field of a target with constant
+                                           coordinates)
+    gamma = 0 at an end of `time_range`    inf, if (gamma^2)' > 0 there: E|gamma' z|^2 is not integrable (the Brownian
+                                           bridge on [0, 1]; its default `time_range` keeps away from the ends)
+    gamma' infinite at an end              nan without a `noise_rate`: cannot be told
     =====================================  =============================================================================
 
     "Singular" means to machine precision of the dtype: smallest singular value below 8 (d + 4) epsilons of the largest.

@@ -129,8 +129,8 @@ def sigma_critical(
     one evaluation costs steps x N^2 x dim multiplications; `sources` brings one N down.
 
     =====================================  ============================================================================
-    never below `fraction` (N = 1, equal   inf: the minimiser cannot or need not let go; sigma was doubled 24 times
-    pairs, a translation x1 = x0 + b)
+    never below `fraction`                 inf: the minimiser cannot or need not let go (N = 1, equal pairs, a
+                                           translation x1 = x0 + b); sigma was doubled 24 times
     never at or above `fraction`           0: not even the smallest sigma (2^-24 of the prediction) returns the pairs
     the prediction is 0 (equal midpoints)  the search starts from the standard deviation of the data instead
     several crossings                      one of them; `sigmas` and `recovered` show what was seen

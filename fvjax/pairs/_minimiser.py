@@ -38,8 +38,8 @@ def empirical_minimiser(
     the ends of a bridge             that limit, so without the term of gamma'. On the support, x = m_i, that is
                                      E[u_t | x_t = x]; off it the term is infinite, away from m_i at t = 0 and towards
                                      it at t = 1. Finite, no nan
-    gamma(t) below the rounding      counts as 0: below one epsilon of the dtype times the median over the pairs of the
-    error of x_t                     root mean square coordinate (sin(pi)^2 at the end of the smooth bridge)
+    gamma(t) below rounding of x_t   counts as 0: below one epsilon of the dtype times the median over the pairs of the
+                                     root mean square coordinate (sin(pi)^2 at the end of the smooth bridge)
     pi_i = 0                         the pair takes no part, however near
     N = 1                            alpha' x0 + beta' x1 + (gamma' / gamma) (x - m)
     x with nan                       nan
