@@ -3,18 +3,22 @@
 import os
 from importlib import metadata
 
-# Before the first import of jax, which reads these.
-_FLAGS = ["--xla_force_host_platform_device_count=4"]
 # The suite compiles thousands of small programs and runs most of them once. XLA's older generator of code for the CPU
-# takes half the time for them. By version: XLA ends the process at a flag that it does not know.
-if metadata.version("jaxlib").startswith("0.10."):
-    _FLAGS.append("--xla_cpu_use_fusion_emitters=false")
-for _flag in _FLAGS:
+# takes half the time for them, and two thirds of that where it does not cut each program into 32 parts for its threads.
+# By version: XLA ends the process at a flag that it does not know.
+QUICK_FLAGS = (
+    ["--xla_cpu_use_fusion_emitters=false", "--xla_cpu_parallel_codegen_split_count=1"]
+    if metadata.version("jaxlib").startswith("0.10.")
+    else []
+)
+# Before the first import of jax, which reads these.
+for _flag in ["--xla_force_host_platform_device_count=4", *QUICK_FLAGS]:
     if _flag.split("=")[0] not in os.environ.get("XLA_FLAGS", ""):
         os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_flag}".strip()
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["MPLBACKEND"] = "Agg"
 
+import gc  # noqa: E402
 import io  # noqa: E402
 from collections.abc import Callable, Iterator, Mapping  # noqa: E402
 from pathlib import Path  # noqa: E402
@@ -26,6 +30,8 @@ import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
 jax.config.update("jax_numpy_dtype_promotion", "strict")
+# Tracing makes many objects and little garbage, and each collection looks through all of JAX.
+gc.set_threshold(50_000, 20, 50)
 
 # No deadline: the first example compiles. Derandomized: a run can be repeated, and CI does not fail by chance.
 # The fixture `x64` is a mode, not a state that an example could spoil, so properties may use it.
@@ -40,20 +46,29 @@ hypothesis.settings.register_profile(
 hypothesis.settings.load_profile("fvjax")
 
 
-COMPILED_IN_FULL = {"experiments", "parallel", "interpolants", "test_interpolants.py"}
-"""Where tests train networks for long, or compare bits of different programs: these may round otherwise without."""
+COMPILED_IN_FULL = {"parallel", "interpolants", "test_interpolants.py"}
+"""Where tests compare bits of different programs: these may round otherwise without."""
 
 
 @pytest.fixture(scope="module", autouse=True)
-def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[None]:
-    """XLA rewrites, fuses and partitions programs as ever, LLVM spends little on them.
+def compiled_quickly(request: pytest.FixtureRequest) -> Iterator[bool]:
+    """XLA rewrites, fuses and partitions programs as ever, LLVM spends little on them; says whether it is so here.
 
-    Experiments in child processes are compiled as users' are, by the present generator with all optimizations.
+    Experiments in child processes are compiled as `--smoke` says, without most optimizations, and with QUICK_FLAGS.
     """
     parts = request.path.relative_to(Path(__file__).parent).parts
-    jax.config.update("jax_disable_most_optimizations", COMPILED_IN_FULL.isdisjoint(parts))
-    yield
+    quick = COMPILED_IN_FULL.isdisjoint(parts)
+    jax.config.update("jax_disable_most_optimizations", quick)
+    yield quick
     jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def compiled_in_full(compiled_quickly: bool) -> Iterator[None]:
+    """For one test that trains so long that what LLVM does pays."""
+    jax.config.update("jax_disable_most_optimizations", False)
+    yield
+    jax.config.update("jax_disable_most_optimizations", compiled_quickly)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -61,6 +76,12 @@ def forget_compilations() -> Iterator[None]:
     """What one file has traced and compiled is of no use to the next; kept, it grows to 5 GB, and all gets slower."""
     yield
     jax.clear_caches()
+
+
+@pytest.fixture(scope="session")
+def quick_flags() -> str:
+    """QUICK_FLAGS, for the environment of child processes."""
+    return " ".join(QUICK_FLAGS)
 
 
 @pytest.fixture

@@ -23,7 +23,7 @@ from fvjax.types import AffineMap
 
 def run_command(*arguments, cwd):
     """The command line in a second process, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.architectures", *arguments]
     return subprocess.run(command, capture_output=True, text=True, cwd=cwd, env=environment, timeout=600, check=False)
 
@@ -44,6 +44,7 @@ def test_smoke_run_writes_every_file(smoke):
     assert {path.name for path in smoke.out.iterdir()} == {
         "config.json",
         "results.json",
+        "report.html",
         "rows.csv",
         "cells",
         "figures",
@@ -54,6 +55,16 @@ def test_smoke_run_writes_every_file(smoke):
         assert f"- {sentence}" in smoke.done.stdout
     with (smoke.out / "rows.csv").open(newline="") as stream:
         assert {row["part"] for row in csv.DictReader(stream)} == {"gaussian", "digits"}
+
+
+def test_the_report_says_what_the_results_say(smoke, read_report):
+    """Catches a verdict that was written beforehand, and a network that is left out."""
+    text = read_report(smoke.out)
+    assert "Architectures side by side on Gaussian pairs and shuffled pairs of digits" in text
+    for row in smoke.results["gaussian"]["rows"]:
+        assert f"{row['residual']:.2e}" in text
+    for row in smoke.results["digits"]["rows"]:
+        assert f"{row['name']} {row['l2_shuffled_mean']:.2f}/{row['l2_ot_mean']:.2f}" in text
 
 
 def test_smoke_results_have_a_row_for_every_network_with_its_steps(smoke):

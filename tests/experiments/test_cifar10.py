@@ -6,12 +6,14 @@ import shutil
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 
 from experiments.cifar10 import evaluation, training
+from experiments.cifar10 import main as cifar10
 from experiments.cifar10 import settings as presets
 from experiments.cifar10.main import Config, check, settings_of
 from experiments.common import SettingsError
@@ -22,7 +24,7 @@ DIGITS = data.load("digits")
 
 def start(*arguments, cwd):
     """The command line in a second process, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.cifar10", "--smoke", *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
@@ -35,33 +37,34 @@ def finish(process):
     return process.returncode, output, errors
 
 
+def killed_at(checkpoint, *arguments, cwd):
+    """Starts a run, and kills it as soon as that checkpoint is there."""
+    process = start(*arguments, cwd=cwd)
+    while process.poll() is None and not checkpoint.exists():
+        time.sleep(0.05)
+    process.kill()
+    process.communicate()
+    assert checkpoint.exists()
+
+
 @pytest.fixture(scope="module")
 def smoke(tmp_path_factory):
-    """A whole run, and one that was killed in the middle and resumed."""
+    """A whole run of one round."""
     folder = tmp_path_factory.mktemp("cifar10")
     done = finish(start("--out", "whole", cwd=folder))
     assert done[0] == 0, done[2]
-    killed = start("--out", "killed", cwd=folder)  # only now: what it needs is compiled
-    half = folder / "killed" / "checkpoints" / "step_000000004"
-    while killed.poll() is None and not half.exists():
-        time.sleep(0.05)
-    killed.kill()
-    killed.communicate()
-    assert half.exists()
-    assert not (folder / "killed" / "results.json").exists()
-    resumed = finish(start("--out", "killed", "--resume", cwd=folder))
-    assert resumed[0] == 0, resumed[2]
-    return folder, done[1], resumed[1]
+    return folder, done[1]
 
 
 def test_a_run_writes_every_file_and_names_its_folder(smoke):
     """Catches a part that is skipped, a figure that is not drawn, or a half-written file left behind."""
-    folder, output, _ = smoke
+    folder, output = smoke
     lines = output.strip().splitlines()
     assert "NOT CIFAR-10" in lines[0]  # nobody may take the digits for it
     assert lines[-1] == "results: whole"
     out = folder / "whole"
     wanted = {"config.json", "results.json", "metrics.csv", "samples.npz", "tensorboard", "checkpoints", "figures"}
+    wanted |= {"report.html"}
     assert {path.name for path in out.iterdir()} == wanted
     figures = {"samples_euler_4", "samples_dopri5_0.001", "training"}
     names = {f"{name}.{ending}" for name in figures for ending in ("png", "pdf")} | {"training.csv"}
@@ -69,6 +72,20 @@ def test_a_run_writes_every_file_and_names_its_folder(smoke):
     with np.load(out / "samples.npz") as samples:
         assert samples["euler_4"].shape == (16, 8, 8, 1)
         assert samples["euler_4"].dtype == np.uint8
+
+
+def test_the_report_says_what_the_results_say(smoke, reflow, read_report):
+    """Catches a verdict that was written beforehand, digits that pass for CIFAR-10, and rounds that are left out."""
+    for out, rounds in ((smoke[0] / "whole", 1), (reflow / "extended", 2), (reflow / "killed", 2)):
+        text, results = read_report(out), json.loads((out / "results.json").read_text())
+        assert "From noise to images: digits" in text
+        assert "CIFAR-10: the images are digits." in text
+        told = f"loss {results['loss_test']:.3g} on held-out images, {results['loss']:.3g} on training images"
+        assert told in text
+        assert f"{results['distance_test']:.3g} against {results['distance_floor']:.3g}" in text
+        assert ("Rounds of ReFlow" in text) == (rounds > 1)
+        for row in results.get("rounds", [])[1:]:
+            assert f"Round 2 ends {row['pair_l2_train']:.3g} from the pairs that it was trained on" in text
 
 
 def test_results_have_the_promised_keys(smoke):
@@ -90,21 +107,11 @@ def test_results_have_the_promised_keys(smoke):
     assert 7 <= adaptive["nfe"] <= adaptive["nfe_max"]
 
 
-def test_a_killed_and_resumed_run_ends_in_the_same_bits(smoke):
-    """Catches a resume that skips or repeats a batch, another random number, and times in the results."""
-    folder = smoke[0]
-    for name in ("results.json", "metrics.csv", "samples.npz"):
-        assert (folder / "killed" / name).read_bytes() == (folder / "whole" / name).read_bytes(), name
-
-
-def test_a_finished_run_resumed_with_another_setting_is_refused(smoke):
+def test_a_finished_run_resumed_with_another_setting_is_refused(smoke, refusal):
     """Catches checkpoints of another configuration taken over silently: one line with the difference, exit 2."""
     folder = smoke[0]
     before = (folder / "whole" / "results.json").read_bytes()
-    status, _, errors = finish(start("--out", "whole", "--resume", "--sigma", "0.5", cwd=folder))
-    assert status == 2
-    assert "sigma: 0.0 -> 0.5" in errors
-    assert errors.strip().count("\n") == 0
+    assert "sigma: 0.0 -> 0.5" in refusal(cifar10, "--out", "whole", "--resume", "--sigma", "0.5", cwd=folder)
     assert (folder / "whole" / "results.json").read_bytes() == before
 
 
@@ -123,35 +130,41 @@ def test_a_loss_that_is_not_finite_ends_the_run_with_exit_code_1(tmp_path):
 
 @pytest.fixture(scope="module")
 def reflow(smoke, tmp_path_factory):
-    """Two rounds without a break; and the finished single round, resumed with a second one, killed in it, resumed."""
+    """The finished single round, continued by a second one; and two rounds that were killed in each and resumed."""
     folder = tmp_path_factory.mktemp("reflow")
-    whole = finish(start("--out", "whole", "--rounds", "2", cwd=folder))
-    assert whole[0] == 0, whole[2]
     shutil.copytree(smoke[0] / "whole", folder / "extended")
-    extended = start("--out", "extended", "--resume", "--rounds", "2", cwd=folder)
-    half = folder / "extended" / "rounds" / "2" / "checkpoints" / "step_000000004"
-    while extended.poll() is None and not half.exists():
-        time.sleep(0.05)
-    extended.kill()
-    extended.communicate()
-    assert half.exists()
-    assert "rounds" not in json.loads((folder / "extended" / "results.json").read_text())
-    resumed = finish(start("--out", "extended", "--resume", "--rounds", "2", cwd=folder))
+    extended = finish(start("--out", "extended", "--resume", "--rounds", "2", cwd=folder))
+    assert extended[0] == 0, extended[2]
+    run = ("--out", "killed", "--rounds", "2")  # only now: what it needs is compiled
+    half = Path("checkpoints") / "step_000000004"
+    killed_at(folder / "killed" / half, *run, cwd=folder)
+    assert not (folder / "killed" / "rounds").exists()
+    killed_at(folder / "killed" / "rounds" / "2" / half, *run, "--resume", cwd=folder)
+    assert not (folder / "killed" / "results.json").exists()
+    resumed = finish(start(*run, "--resume", cwd=folder))
     assert resumed[0] == 0, resumed[2]
     return folder
 
 
+def test_a_killed_and_resumed_run_ends_in_the_same_bits(smoke, reflow):
+    """Catches a resume that skips or repeats a batch, another random number, and times in the results."""
+    assert (reflow / "killed" / "metrics.csv").read_bytes() == (smoke[0] / "whole" / "metrics.csv").read_bytes()
+
+
 def test_a_second_round_leaves_the_first_as_it_is(smoke, reflow):
     """Catches a round 1 that is trained, sampled or named otherwise because another one follows."""
-    one, two = (json.loads((path / "whole" / "results.json").read_text()) for path in (smoke[0], reflow))
+    one, two = (json.loads((path / "results.json").read_text()) for path in (smoke[0] / "whole", reflow / "killed"))
     rounds = two.pop("rounds")
     assert one == two
     assert [row["round"] for row in rounds] == [1, 2]
+    with np.load(smoke[0] / "whole" / "samples.npz") as first, np.load(reflow / "killed" / "samples.npz") as both:
+        for name in first:
+            np.testing.assert_array_equal(both[name], first[name])
 
 
 def test_rounds_have_the_promised_keys(reflow):
     """Catches a measure that is left out or is of another round: round 2 keeps the pairs that round 1 made."""
-    first, second = json.loads((reflow / "whole" / "results.json").read_text())["rounds"]
+    first, second = json.loads((reflow / "extended" / "results.json").read_text())["rounds"]
     for row in (first, second):
         assert row["straightness"] > 0
         assert 0 <= row["memorized_low"] <= row["memorized"] <= row["memorized_high"] <= 1
@@ -165,25 +178,25 @@ def test_rounds_have_the_promised_keys(reflow):
     assert second["loss_pairs"] < 0.1
     assert [row["step"] for row in second["training"]] == [2, 4, 6]
     assert [row["solver"] for row in second["samples"]] == ["euler", "dopri5"]
-    figures = {path.name for path in (reflow / "whole" / "figures").iterdir()}
+    figures = {path.name for path in (reflow / "extended" / "figures").iterdir()}
     assert {"rounds.png", "rounds.pdf", "rounds.csv", "training_round_2.png", "samples_round_2_euler_4.png"} <= figures
-    with np.load(reflow / "whole" / "samples.npz") as samples:
+    with np.load(reflow / "extended" / "samples.npz") as samples:
         assert samples["round_2_euler_4"].shape == samples["euler_4"].shape
 
 
 def test_a_round_that_was_killed_and_resumed_ends_in_the_same_bits(reflow):
-    """Catches pairs of other noise, a round that starts at other parameters, and batches that are skipped."""
+    """Catches pairs of other noise, a round that starts at other parameters, and batches that are skipped.
+
+    One side made round 2 after its own round 1, was killed in both and resumed; the other went on from a finished run.
+    """
     for name in ("results.json", "samples.npz", "rounds/2/metrics.csv", "rounds/2/x0.npy", "rounds/2/x1.npy"):
-        assert (reflow / "extended" / name).read_bytes() == (reflow / "whole" / name).read_bytes(), name
+        assert (reflow / "extended" / name).read_bytes() == (reflow / "killed" / name).read_bytes(), name
 
 
-def test_rounds_resumed_with_another_number_of_pairs_are_refused(reflow):
+def test_rounds_resumed_with_another_number_of_pairs_are_refused(reflow, refusal):
     """Catches pairs of other settings that are taken over silently: one line, exit 2."""
-    options = ("--out", "whole", "--resume", "--rounds", "2", "--pairs", "8")
-    status, _, errors = finish(start(*options, cwd=reflow))
-    assert status == 2
+    errors = refusal(cifar10, "--out", "extended", "--resume", "--rounds", "2", "--pairs", "8", cwd=reflow)
     assert "the pairs of round 2 must be those of the run" in errors
-    assert errors.strip().count("\n") == 0
 
 
 @pytest.mark.parametrize(

@@ -26,7 +26,7 @@ SECONDS = ("seconds", "pair_seconds")
 
 def start(*arguments, cwd):
     """The command line in a second process, on one device."""
-    environment = os.environ | {"XLA_FLAGS": "", "JAX_PLATFORMS": "cpu"}
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
     command = [sys.executable, "-m", "experiments.systems", "--smoke", *arguments]
     return subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=cwd, env=environment
@@ -87,6 +87,17 @@ def test_a_run_leaves_its_tables_and_figures(smoke):
         assert len(list(csv.DictReader(stream))) == len(results(whole)["rows"])
     for word in ("generalization", "memorization", "price", "Sinkhorn", "Cov(x0, x1)"):
         assert word in output
+
+
+def test_the_report_says_what_the_results_say(smoke, read_report):
+    """Catches a verdict that was written beforehand, and a resumed run whose report lacks what came before."""
+    for run in ("whole", "killed"):
+        text, content = read_report(smoke[0] / run), results(smoke[0] / run)
+        assert "Systems side by side on gaussian64 and digits" in text
+        for row in content["rows"]:
+            assert f"{row['train_l2_pair_mean']:.3f}" in text
+        nearest = min(row["l2_ot_mean"] for row in content["rows"] if row["problem"] == "digits")
+        assert f"is nearest to the optimal targets, L2 {nearest:.3g};" in text
 
 
 def test_every_system_has_its_row_with_every_measure(smoke):
