@@ -4,7 +4,9 @@
     print(audit)                                # the verdict in words, with the numbers behind it
     audit.to_html("audit.html")                 # one page with figures
     audit.pair_memorization.verdict             # "memorizes", "follows a rule", "lets go" or "undecided"
-    """
+
+`save_flow` keeps a network with its pairs in a folder that the command `fvjax audit` reads.
+"""
 
 from fvjax.auditing._audit import audit as audit
 from fvjax.auditing._result import Audit as Audit
