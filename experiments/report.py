@@ -1,13 +1,13 @@
 """What the reports of all experiments share: a run's page, networks kept for audits, shares with intervals."""
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
 
 from experiments.common import RunFolder
+from fvjax.metrics import wilson_interval
 from fvjax.report import Page, Picture, Section, Sentence, Table, environment
 from fvjax.types import Params
 
@@ -43,9 +43,6 @@ WORDS = {"train": "training", "held_out": "held-out", "ot": "optimal target", "s
 WORDS |= {"generated": "generated target"}
 """Of the columns split and target."""
 
-NORMAL = 1.959963984540054
-"""Quantile of the normal law behind a two-sided 95% interval."""
-
 SMOKE = Sentence("A smoke run at toy size shows that every part runs. It shows nothing else.", "unsure")
 NOT_BY_SMOKE = "Anything: sizes, steps and draws of a smoke run are toys, and its numbers mean nothing."
 
@@ -75,18 +72,8 @@ class Share(NamedTuple):
 
 
 def share(value: float, n: int) -> Share:
-    r"""A share with Wilson's 95% interval, which is right near 0 and 1 too.
-
-        (p + z^2 / 2n +- z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n),   z = 1.96
-
-    Args:
-        value: p, in [0, 1].
-        n: examples, >= 1.
-    """
-    square = NORMAL**2 / n
-    middle = (value + square / 2) / (1 + square)
-    half = math.sqrt(value * (1 - value) / n * NORMAL**2 + square**2 / 4) / (1 + square)
-    return Share(value, min(value, max(0.0, middle - half)), max(value, min(1.0, middle + half)))  # but for rounding
+    """A share of n examples with Wilson's 95% interval."""
+    return Share(value, *wilson_interval(value, n))
 
 
 def _percent(value: float) -> str:

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fvjax
-from fvjax import couplings, nets, training
+from fvjax import couplings, metrics, nets, training
 from fvjax.data import ot_benchmark
 from fvjax.interpolants import constant_noise, linear
 from fvjax.monitoring import MemorizationWarning, Returned, VarianceMonitor, _measures, _record
@@ -90,7 +90,7 @@ def test_a_mean_gradient_that_is_not_resolved_gives_inf_not_a_negative_noise_sca
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
 def test_the_interval_solves_its_equation(share):
     """Catches a wrong formula: its limits p are where |share - p| = z sqrt(p (1 - p) / n)."""
-    low, high = _record.wilson_interval(share, 64, 0.99)
+    low, high = metrics.wilson_interval(share, 64, level=0.99)
     for limit in (low, high):
         if 0 < limit < 1:
             assert abs(share - limit) == pytest.approx(2.5758 * np.sqrt(limit * (1 - limit) / 64), rel=1e-4)

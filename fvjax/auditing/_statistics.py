@@ -1,41 +1,22 @@
 """Shares with Wilson intervals and summaries of distances."""
 
 import math
-from statistics import NormalDist
 from typing import Any
 
 import numpy as np
 
 from fvjax.auditing._types import Distances, Share
+from fvjax.metrics import wilson_interval
 
 QUANTILES = np.linspace(0, 1, 51)
 
 
 def wilson(successes: int, count: int, level: float) -> Share:
-    r"""A share with its score interval.
-
-    (p + z^2 / (2n) -+ z sqrt(p (1 - p) / n + z^2 / (4 n^2))) / (1 + z^2 / n),   z the normal quantile of the level.
-
-    It is [0, z^2 / (n + z^2)] at p = 0, where a bootstrap has no width, and inside of [0, 1] everywhere.
-
-    ==========  =================
-    count = 0   0 in [0, 1]
-    ==========  =================
-
-    Source: Wilson 1927.
-    """
+    """A share with its interval; 0 in [0, 1] where there is no case."""
     if count == 0:
         return Share(0.0, 0.0, 1.0, 0)
-    z = NormalDist().inv_cdf((1 + level) / 2)
     share = successes / count
-    centre = share + z**2 / (2 * count)
-    half = z * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    low, high = (max(0.0, (centre - half)), centre + half)
-    scale = 1 + z**2 / count
-    # Exact at the ends, which rounding may miss.
-    low = 0.0 if successes == 0 else low / scale
-    high = 1.0 if successes == count else min(1.0, high / scale)
-    return Share(share, low, high, int(count))
+    return Share(share, *wilson_interval(share, count, level=level), int(count))
 
 
 def share_of(cases: np.ndarray, level: float) -> Share:

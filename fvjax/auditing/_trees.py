@@ -42,20 +42,13 @@ def write_tree(path: Path, tree: Any) -> None:
         ValueError: if the tree holds something else.
         OSError: if the file cannot be written.
     """
+    from fvjax.nets.convert import write_arrays
+
     arrays: dict[str, np.ndarray] = {}
     structure = _described(tree, (), arrays)
     if not _is_plain(tree):
         arrays[STRUCTURE] = np.array(json.dumps(structure))
-    partial = path.with_name(f".{path.name}.partial")
-    try:
-        # Not np.savez, whose own arguments could not be names of arrays.
-        with zipfile.ZipFile(partial, "w") as archive:
-            for name, array in arrays.items():
-                with archive.open(f"{name}.npy", "w", force_zip64=True) as stream:
-                    np.lib.format.write_array(stream, array, allow_pickle=False)
-        partial.replace(path)
-    finally:
-        partial.unlink(missing_ok=True)
+    write_arrays(path, arrays)
 
 
 def _is_plain(tree: Any) -> bool:

@@ -25,3 +25,4 @@ from fvjax.metrics._kernels import mmd_floor as mmd_floor
 from fvjax.metrics._kernels import squared_mmd as squared_mmd
 from fvjax.metrics._memorization import MemorizedFraction as MemorizedFraction
 from fvjax.metrics._memorization import memorized_fraction as memorized_fraction
+from fvjax.metrics._shares import wilson_interval as wilson_interval

@@ -12,6 +12,7 @@ from fvjax import _validate
 from fvjax.flows import SOLVERS
 from fvjax.interpolants import Interpolant
 from fvjax.losses import REDUCTIONS
+from fvjax.metrics import wilson_interval
 from fvjax.monitoring import _measures, _probe
 from fvjax.monitoring._record import (
     MemorizationWarning,
@@ -20,7 +21,6 @@ from fvjax.monitoring._record import (
     memorizes,
     message,
     state_of,
-    wilson_interval,
 )
 from fvjax.training import MetricsLog, on_first_device
 from fvjax.types import Key, Pair, Params, Scalar, VelocityField
@@ -203,7 +203,7 @@ class VarianceMonitor:
 
     def _returned(self, distances: np.ndarray, returned: np.ndarray) -> Returned:
         share = float(returned.mean())
-        return Returned(float(distances.mean()), share, *wilson_interval(share, len(returned), self._level))
+        return Returned(float(distances.mean()), share, *wilson_interval(share, len(returned), level=self._level))
 
 
 def _on_one_device(params: Params) -> Params:

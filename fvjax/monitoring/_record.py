@@ -1,8 +1,6 @@
 """What one look of the monitor found, as numbers and as a row of a log, and when it says that a flow memorizes."""
 
-import math
 from collections.abc import Mapping, Sequence
-from statistics import NormalDist
 from typing import Any, NamedTuple
 
 
@@ -66,14 +64,6 @@ class MonitorRecord(NamedTuple):
         if self.memorizing is not None:
             found["memorizing"] = float(self.memorizing)
         return found
-
-
-def wilson_interval(share: float, count: int, level: float) -> tuple[float, float]:
-    """The interval of a binomial share that has a width at 0 and 1, too (Wilson 1927)."""
-    z = NormalDist().inv_cdf((1 + level) / 2)
-    centre = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    half = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    return max(0.0, centre - half), min(1.0, centre + half)
 
 
 def memorizes(train: Returned, held_out: Returned, *, before: bool) -> bool:

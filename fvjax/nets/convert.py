@@ -170,7 +170,11 @@ def save_params(path: str | Path, params: Params) -> None:
         if array.dtype.kind not in "fiub":
             raise ValueError(f"params must be of a dtype of numpy's own (float32, ...), got {leaf.dtype}")
         arrays["/".join(names)] = array
-    path = Path(path)
+    write_arrays(Path(path), arrays)
+
+
+def write_arrays(path: Path, arrays: Mapping[str, np.ndarray]) -> None:
+    """Writes arrays of numpy's own dtypes as an npz file, under any names; whole or not at all."""
     partial = path.with_name(f".{path.name}.partial")
     try:
         # Not np.savez, whose own arguments could not be names of arrays.

@@ -20,8 +20,11 @@ def checked_pairs(pairs: Pair) -> Pair:
     if _validate.batch("pairs", pairs) < 1:
         raise ValueError(f"pairs must be at least one, got arrays of shape {pairs.x0.shape}")
     for name, x in zip(("pairs.x0", "pairs.x1"), pairs, strict=True):
-        if _validate.is_concrete(x) and not _all_finite(x):
-            _validate.finite(name, x)
+        if _validate.is_concrete(x):
+            with jax.ensure_compile_time_eval():  # arrays that a jitted function closes over are known, too
+                known = bool(_all_finite(x))
+            if not known:
+                _validate.finite(name, x)
     return pairs
 
 

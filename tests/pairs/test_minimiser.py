@@ -441,6 +441,19 @@ def test_bad_pairs_and_weights_are_refused(message: str) -> None:
             make(arguments[0], fvjax.linear(), arguments[1])
 
 
+def test_pairs_that_a_jitted_function_closes_over_are_checked_there() -> None:
+    """Catches a check that traces what is known, and fails with a tracer for an answer."""
+    x0 = jnp.asarray([[0.0, 1.0], [2.0, 3.0]])
+
+    def at_half(x1: jax.Array) -> jax.Array:
+        known = Pair(x0, x1)
+        return jax.jit(lambda x: finite.empirical_minimiser(known, fvjax.constant_noise(0.1))(None, 0.5, x))(x0[0])
+
+    np.testing.assert_allclose(at_half(x0 + 1), 1, rtol=1e-5)
+    with pytest.raises(ValueError, match="pairs.x1 must be finite, got 1 of 4"):
+        at_half(x0.at[0, 0].set(jnp.nan))
+
+
 @pytest.mark.parametrize("chunk", [0, -1, 2.0, True, "4"])
 def test_bad_chunks_are_refused(chunk: object) -> None:
     """Catches a chunk that would be an endless loop, or is no number."""
