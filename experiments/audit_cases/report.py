@@ -112,14 +112,14 @@ def sentences(rows: Sequence[Row]) -> list[Sentence]:
     other = [row for row in rows if row["truth"] != "memorizes"]
     found = sum(row["verdict"] == "memorizes" for row in memorizing)
     false = sum(row["verdict"] == "memorizes" for row in other)
+    shares = [_range("training sources returned where it memorizes", memorizing, "returned")]
+    shares += [_range("held-out ones there", memorizing, "held_out_returned")]
+    shares += [_range("training sources returned elsewhere", other, "returned")]
+    wrong = false or found < len(memorizing) / 2
     first = Sentence(
         f"{found} of {len(memorizing)} memorizing networks were called memorizing, and {false} of {len(other)} others.",
-        "good"
-        if found == len(memorizing) and not false
-        else "bad"
-        if false or found < len(memorizing) / 2
-        else "unsure",
-        HOW,
+        "good" if found == len(memorizing) and not false else "bad" if wrong else "unsure",
+        "; ".join(part for part in shares if part),
     )
     missed = [
         Sentence(
@@ -133,6 +133,11 @@ def sentences(rows: Sequence[Row]) -> list[Sentence]:
         if row["verdict"] != row["truth"]
     ]
     return [first, *missed]
+
+
+def _range(name: str, rows: Sequence[Row], key: str) -> str:
+    values = [row[key] for row in rows if key in row]
+    return f"{name}: {min(values):.0%} to {max(values):.0%}" if values else ""
 
 
 def make_page(folder: RunFolder, content: Mapping[str, Any]) -> Page:

@@ -59,7 +59,7 @@ or saved with the flow). Without them a flow that returns its pairs cannot be
 told from one that has learned their rule, and the verdict says so.
 
 Cost: 512 sources through several solvers and 2048 gradients; a small network
-takes about a minute on two CPU cores. --sources and --draws lower it.""",
+takes 15 seconds on two CPU cores, most of them for compiling.""",
     "sigma": """Which noise makes these pairs unidentifiable? Nothing is trained.
 
   fvjax sigma pairs.npz

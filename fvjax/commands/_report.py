@@ -59,7 +59,7 @@ def run(options: Report) -> int:
 def _summary(found: Run) -> str:
     counts: dict[str, Any] = {"scalar results": found.scalars, "tables": found.tables, "learning curves": found.curves}
     said = [f"{len(part)} {name}" for name, part in counts.items() if part]
-    said += [f"{name or 'audit'}: {content['headline']}" for name, content in found.audits.items()]
+    said += [f"{name or 'audit'}: {content['headline'].rstrip('.')}" for name, content in found.audits.items()]
     return "; ".join(said) or "settings only"
 
 

@@ -38,7 +38,7 @@ class VarianceMonitor:
     of held-out ones; `memorizing` then stays True until the training share itself is no longer above that upper limit.
     Without `held_out` there is no warning: a flow that returns its pairs may also have learned the rule behind them.
 
-    A look takes as long as 5 to 7 training steps of an MLP at batch 256, or 16 of a small U-Net at batch 64: 0.6% and
+    A look takes as long as 5 to 8 training steps of an MLP at batch 256, or 16 of a small U-Net at batch 64: 0.6% and
     1.6% of the training at the default `every`, in proportion at others (benchmarks/monitor.py). The first compiles.
 
     With several processes only the first one looks, writes and warns; the others get None.

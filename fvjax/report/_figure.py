@@ -34,8 +34,8 @@ def figure_svg(figure: "Figure") -> str:
     black                            `currentColor`: the page's ink
     white and greys                  as they are; on a dark page mirrored, white to the page's background
     other colours                    as they are; on a dark page lighter, if their contrast to it were below 4.5
-    inside of axes with an image,    as it is, with its own background: colours are read off against a scale there, and
-    or with colours of a colour map  what is drawn on them was chosen for them
+    inside of axes with an image     as it is, with its own background, also where colours are those of a colour map:
+                                     they are read off against a scale, and what is drawn on them was chosen for them
     other backgrounds                transparent
     what the figure rasterizes       an embedded PNG (`rasterized=True` for more than some thousand points)
     ===============================  ===================================================================================
