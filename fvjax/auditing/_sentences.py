@@ -212,7 +212,7 @@ def _noise(parts: Parts) -> Sentence:
             f" pairs shall not be kept, try sigma = {best / 2:.2g} and {best:.2g}."
         )
     if dim < TESTED_DIMENSIONS and best == noise.predicted:
-        text += f" The prediction is not tested below {TESTED_DIMENSIONS} dimensions, where it is too large."
+        text += f" The prediction is not tested below {TESTED_DIMENSIONS} dimensions and may be several times off."
     how = f"predicted {noise.predicted:.3g} ({noise.low:.2g} to {noise.high:.2g}) from {noise.predicted_pairs} pairs"
     if noise.measured is not None:
         how = f"measured {noise.measured:.3g} on {noise.measured_pairs} pairs, " + how

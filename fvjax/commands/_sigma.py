@@ -223,7 +223,7 @@ _CROSSING = (
     " file twice; remove these)."
 )
 _FEW_DIMENSIONS = (
-    "The prediction was calibrated for 10 or more dimensions; at {dims} it may be several times too large. Go by the"
+    "The prediction was calibrated for 10 or more dimensions; at {dims} it may be several times off. Go by the"
     " measured number."
 )
 _LIMITS = (
