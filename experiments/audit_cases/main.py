@@ -26,7 +26,7 @@ class Config:
 
     Trains 20 networks: rotated Gaussians and 8x8 digits, shuffled and optimal pairs, 50 to 1000 of them, with and
     without noise, two architectures. The audit sees the training pairs and 150 held-out pairs of the same coupling; the
-    truth comes from optimal targets and fresh pairs that it does not see. 2 CPU cores that had other work, too: 28
+    truth comes from optimal targets and fresh pairs that it does not see. 2 CPU cores: 13
     minutes. Expected: all verdicts right. Writes config.json, results.json, rows.csv, flows/ (each with its
     audit.json and report.html), cells/, figures/ and report.html into the run folder.
     """
