@@ -27,7 +27,7 @@ Sigmas = Annotated[tuple[float, ...], tyro.conf.arg(help="noise scales >= 0 of t
 class Config:
     """Gradient variance of Gaussian transport, exactly, and what flows make of rotated pairs (Figures 4, 5, 6).
 
-    2 CPU cores: 5.5 minutes. Expected: at 150 degrees and sigma = 0 trained networks return their
+    2 CPU cores: 4.5 minutes. Expected: at 150 degrees and sigma = 0 trained networks return their
     pairs to an L2 below 0.02 with every solver; at sigma = 0.05 the learned angle is 146.8 degrees; at 180 degrees the
     answer depends on the solver. Writes config.json, results.json, figures/, flows/ (for `fvjax audit`) and report.html
     into the run folder.
