@@ -58,12 +58,16 @@ class Backward(NamedTuple):
 
 
 @jax.custom_vjp
-def _probe(value: Array, _delta: Array) -> Array:
-    """`value`, with the derivative of value + delta: delta collects the cotangent, and costs nothing forward."""
-    return value
+def _probe(value: Array, delta: Array) -> Array:
+    """`value`, with the derivative of value + delta: delta collects the cotangent, and costs nothing forward.
+
+    Under `vmap` the result has a batch axis, as delta has, also where `value` has none: else the one cotangent of all
+    examples would arrive. XLA drops the choice, whose outcome is known.
+    """
+    return jnp.where(False, delta, value)
 
 
-_probe.defvjp(lambda value, _: (value, None), lambda _, cotangent: (cotangent, cotangent))
+_probe.defvjp(lambda value, delta: (_probe(value, delta), None), lambda _, cotangent: (cotangent, cotangent))
 
 
 def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> Backward:

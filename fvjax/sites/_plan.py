@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import jax
 
 from fvjax.sites import _rules
-from fvjax.sites._program import Kind, Program, Step
+from fvjax.sites._program import Kind, Program, Step, has_own_rule
 from fvjax.sites._rules import Layout, Site
 from fvjax.types import Array
 
@@ -110,7 +110,9 @@ class Plan(NamedTuple):
 def make_plan(program: Program, *, separate: bool) -> Plan:
     """Finds the sites of a program and the clusters of its leaves; `separate` keeps apart what all examples share."""
     found = _sites(program)
-    shared = _shared(program, found) if separate else ()
+    # A derivative rule of params need not be linear, and then has no parts.
+    linear = not any(has_own_rule(step.equation) for step in _chain(program, set(_roots(found))))
+    shared = _shared(program, found) if separate and linear else ()
     common = _joint(program, shared) if shared else None
     sites = tuple(site for site in found if site not in shared)
     roots = _roots(sites)

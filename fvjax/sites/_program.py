@@ -8,6 +8,7 @@ import jax
 import jax.extend.core as jex
 import jax.numpy as jnp
 import numpy as np
+from jax.interpreters import partial_eval
 
 from fvjax.types import Array, Params
 
@@ -20,6 +21,9 @@ LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squee
 """Steps that only lay out or cast a value."""
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
+
+_OWN_RULES = ("custom_", "linear_call", "optimize_remat")
+"""How the names of equations begin that hold a derivative of their own, or a transpose."""
 
 
 class Kind(enum.IntEnum):
@@ -159,7 +163,37 @@ class _Flattener:
                 return self.inline(_body(equation), inputs)
             if name == "scan" and Kind.DATA in kinds and 1 <= equation.params["length"] <= UNROLLED:
                 return self.inline(_unrolled(equation), inputs)
-        kind = max(kinds, default=Kind.CONSTANT)
+            if len(equation.outvars) > 1 and Kind.DATA in kinds:
+                return self._split(equation, inputs)
+        return self._step(equation, inputs)
+
+    def _split(self, equation: Any, inputs: list[int]) -> list[int | None]:
+        """An equation of params and data in parts: outputs that depend on no data are made apart, each kind alone."""
+        outputs: list[int | None] = [None] * len(equation.outvars)
+        places: dict[Kind, list[int]] = {}
+        for k, variable in enumerate(equation.outvars):
+            if isinstance(variable, jex.DropVar):
+                continue
+            source = _passed_through(equation, k)
+            if source is not None:
+                outputs[k] = inputs[source]
+                continue
+            kind = max((self.kinds[inputs[i]] for i in _needed(equation, [k])[1]), default=Kind.CONSTANT)
+            places.setdefault(kind, []).append(k)
+        for kind, own in places.items():
+            if kind == Kind.DATA:
+                found = self._step(equation, inputs, read=own)
+                outputs = [found[k] if k in own else o for k, o in enumerate(outputs)]
+            else:
+                part, needed = _needed(equation, own)
+                made = self.inline(part, [inputs[i] for i in needed])
+                outputs = [made[own.index(k)] if k in own else o for k, o in enumerate(outputs)]
+        return outputs
+
+    def _step(self, equation: Any, inputs: list[int], read: Sequence[int] | None = None) -> tuple[int | None, ...]:
+        """One more step, with all outputs or those of the given places."""
+        kind = max((self.kinds[i] for i in inputs), default=Kind.CONSTANT)
+        name = equation.primitive.name
         zero = self._is_zero(name, inputs)
         if zero and kind == Kind.PARAMS:
             kind = Kind.CONSTANT  # the first step of a recurrent network: a state of zeros times params
@@ -167,7 +201,10 @@ class _Flattener:
         key = _identity(equation, inputs) if kind == Kind.PARAMS else None
         if key is not None and key in self._seen:
             return self._seen[key]
-        outputs = tuple(None if isinstance(v, jex.DropVar) else self.new(v.aval, kind) for v in equation.outvars)
+        outputs = tuple(
+            None if isinstance(v, jex.DropVar) or (read is not None and k not in read) else self.new(v.aval, kind)
+            for k, v in enumerate(equation.outvars)
+        )
         self.steps.append(Step(equation, tuple(inputs), outputs))
         if zero:
             self.zeros.update(o for o in outputs if o is not None)
@@ -176,8 +213,49 @@ class _Flattener:
         return outputs
 
 
+def has_own_rule(equation: Any) -> bool:
+    """Whether the equation, or one inside it, has a derivative of its own, which need not be linear."""
+    if equation.primitive.name.startswith(_OWN_RULES):
+        return True
+    options = equation.params.values()
+    parts = [part for value in options for part in (value if isinstance(value, tuple | list) else (value,))]
+    bodies = [part.jaxpr if isinstance(part, jex.ClosedJaxpr) else part for part in parts]
+    return any(has_own_rule(inner) for body in bodies if isinstance(body, jex.Jaxpr) for inner in body.eqns)
+
+
+def _passed_through(equation: Any, place: int) -> int | None:
+    """The input that an output merely repeats: an operand of a barrier, or what a scan carries without a change."""
+    if equation.primitive.name == "optimization_barrier":
+        return place
+    if equation.primitive.name == "scan" and place < equation.params["num_carry"]:
+        source = equation.params["num_consts"] + place
+        body = equation.params["jaxpr"].jaxpr
+        return source if body.outvars[place] is body.invars[source] else None
+    return None
+
+
+def _needed(equation: Any, places: Sequence[int]) -> tuple[Any, list[int]]:
+    """What remains of an equation for some of its outputs, as a jaxpr, and the inputs that this takes.
+
+    All of it where a derivative of its own remains: such a rule takes all cotangents together.
+    """
+    variables = [v for v in equation.invars if isinstance(v, jex.Var)]
+    unique = list(dict.fromkeys(variables))
+    outputs = [v for v in equation.outvars if not isinstance(v, jex.DropVar)]
+    debug = jex.DebugInfo("fvjax.sites", equation.primitive.name, ("",) * len(unique), ("",) * len(outputs))
+    whole = jex.Jaxpr((), unique, outputs, [equation], equation.effects, debug)
+    used = [equation.outvars.index(v) in places for v in outputs]
+    part, taken = partial_eval.dce_jaxpr(whole, used)
+    if any(map(has_own_rule, part.eqns)):
+        part, taken = whole.replace(outvars=[v for v, u in zip(outputs, used, strict=True) if u]), [True] * len(unique)
+    inputs = [equation.invars.index(v) for v, t in zip(unique, taken, strict=True) if t]
+    return jex.ClosedJaxpr(part, ()), inputs
+
+
 def _identity(equation: Any, inputs: list[int]) -> Any:
-    """What makes two equations the same, or None where the options cannot be compared."""
+    """What makes two equations the same, or None where they may not be one: see `has_own_rule`; or be compared."""
+    if has_own_rule(equation):
+        return None
     read = tuple(
         _bits(v.val) if isinstance(v, jex.Literal) else i for v, i in zip(equation.invars, inputs, strict=True)
     )

@@ -1,4 +1,4 @@
-"""What the tests of `fvjax.sites` share: the comparison of a loss with `vmap(grad)`, leaf by leaf, as one fixture."""
+"""What the tests of `fvjax.sites` share: the comparison of a loss with a loop over `jax.grad`, as one fixture."""
 
 from collections.abc import Callable
 from contextlib import nullcontext
@@ -35,9 +35,11 @@ def run_quickly(function: Callable[..., Any], *arguments: Any) -> Any:
 
 
 def gradients(loss: Any, params: Any, batch: Any) -> list[np.ndarray]:
-    """`vmap(grad)` in the dtype of the arguments, its leaves [n, ...] in float64."""
-    each = run_quickly(jax.vmap(jax.grad(loss), (None, 0)), params, batch)
-    return [np.asarray(g).astype(np.float64) for g in jax.tree.leaves(each)]
+    """`jax.grad` of one example after the other in the dtype of the arguments, its leaves [n, ...] in float64."""
+    rows = [jax.tree.map(lambda x, i=i: x[i], batch) for i in range(len(jax.tree.leaves(batch)[0]))]
+    gradient = jax.jit(jax.grad(loss)).lower(params, rows[0]).compile(QUICK)
+    each = [jax.tree.leaves(gradient(params, row)) for row in rows]
+    return [np.stack([np.asarray(g).astype(np.float64) for g in leaf]) for leaf in zip(*each, strict=True)]
 
 
 def expected(each: list[np.ndarray]) -> list[tuple[np.ndarray, ...]]:
@@ -82,7 +84,7 @@ def errors(found: list[tuple[Any, ...]], reference: list[np.ndarray]) -> dict[st
 
 @pytest.fixture(scope="session")
 def agree() -> Agreement:
-    """A function that compares the sites of a loss with `vmap(grad)` and returns the paths by name.
+    """A function that compares the sites of a loss with a loop over `jax.grad` and returns the paths by name.
 
     `bits` is the precision of the sites. The reference is in float64, of the same numbers, or `as_given` like the
     sites: in the dtypes of the arguments, which are then cast nowhere.
