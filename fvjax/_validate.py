@@ -157,7 +157,12 @@ def even_integer(name: str, value: Any) -> None:
 
 
 def floating(name: str, value: Any) -> None:
-    """Refuses an array that is not real floating point (with the dtype in the message)."""
+    """Refuses an array that is not real floating point (with the dtype in the message), and what is no array."""
+    if not hasattr(value, "dtype") and not isinstance(value, bool | int | float | complex | list | tuple):
+        raise ValueError(
+            f"{name} must be arrays only, got {type(value).__name__}; take a module apart first, as in"
+            " params, rest = eqx.partition(module, eqx.is_inexact_array)"
+        )
     if not jax.numpy.issubdtype(jax.numpy.result_type(value), jax.numpy.floating):
         raise ValueError(f"{name} must be floating point, got {jax.numpy.result_type(value)}")
 

@@ -114,7 +114,7 @@ def total_variance(moments: GradientMoments, *, ddof: int = 0) -> Array:
     Returns:
         Shape [], or [groups]. A group without weight gives nan.
     """
-    return _sum_of_leaves(variance_by_leaf(moments, ddof=ddof))
+    return _sum_of_leaves(variance_by_leaf(moments, ddof=ddof), moments.weight)
 
 
 def gradient_noise_scale(moments: GradientMoments, *, ddof: int = 0) -> Array:
@@ -135,14 +135,16 @@ def gradient_noise_scale(moments: GradientMoments, *, ddof: int = 0) -> Array:
     """
     variance = total_variance(moments, ddof=ddof)
     lead = jnp.ndim(moments.weight)
-    signal = _sum_of_leaves(jax.tree.map(lambda m: jnp.sum(m**2, tuple(range(lead, m.ndim))), moments.mean))
+    squares = jax.tree.map(lambda m: jnp.sum(m**2, tuple(range(lead, m.ndim))), moments.mean)
+    signal = _sum_of_leaves(squares, moments.weight)
     if ddof:
         signal = signal - variance / moments.weight.astype(variance.dtype)
     return variance / signal
 
 
-def _sum_of_leaves(tree: Params) -> Array:
-    leaves = jax.tree.leaves(tree)
+def _sum_of_leaves(tree: Params, like: Array) -> Array:
+    """The sum, or zeros like `like` without a leaf."""
+    leaves = jax.tree.leaves(tree) or [jnp.zeros_like(like)]
     dtype = np.result_type(*(leaf.dtype for leaf in leaves))
     return sum((leaf.astype(dtype) for leaf in leaves[1:]), leaves[0].astype(dtype))
 

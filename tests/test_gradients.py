@@ -91,7 +91,7 @@ def test_merging(x64: None, flat: np.ndarray, weights: np.ndarray, cuts: tuple[i
     edges = (0, *cuts, N)
     w, index = weights, np.arange(N)
     x, y, z = (moments(flat, weights=w * ((index >= a) & (index < b))) for a, b in itertools.pairwise(edges))
-    empty = moments(flat[:0])
+    empty = moments(flat, weights=0 * w)
     union = moments(flat, weights=w)
     for merged in (
         merge(merge(x, y), z),

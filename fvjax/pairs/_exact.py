@@ -7,8 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import Partial
 
-from fvjax import _moments, _validate
-from fvjax.gradients import gradient_moments
+from fvjax import _moments, _validate, sites
 from fvjax.interpolants import Interpolant
 from fvjax.losses import squared_error
 from fvjax.pairs._minimiser import empirical_minimiser
@@ -96,6 +95,7 @@ def exact_gradient_moments(
     weights: Array | None = None,
     elementwise: bool = False,
     chunk: int | None = None,
+    verify: int = 0,
     **options: Unpack[NodeOptions],
 ) -> GradientMoments:
     r"""Mean and variance of the gradient of ANY loss over a finite set of pairs, as moments of weight 1.
@@ -114,6 +114,7 @@ def exact_gradient_moments(
         weights: as in `pair_nodes`.
         elementwise: whether `m2` holds every coordinate, or its trace, one number a leaf, as in `gradient_moments`.
         chunk: nodes that are differentiated at once, >= 1; None takes 4096, fewer above 1024 dimensions.
+        verify: number of nodes of the first pairs of which the gradients are compared with those of `vmap(grad)`.
         **options: as in `exact_loss`.
 
     Returns:
@@ -121,11 +122,15 @@ def exact_gradient_moments(
 
     Raises:
         ValueError: as `exact_loss` and `gradient_moments`.
+        RuntimeError: if verified gradients disagree.
 
     Source: docs/theory.md, section 8.
     """
     problem = prepared(pairs, interpolant, weights, options)
     chunk = _chunk(chunk, problem)
+    if verify:
+        first = jax.tree.map(lambda x: x[0], _blocks(problem, verify))
+        sites.verify(loss, params, nodes_of(problem, first)[0], examples=verify)
     return _gradients(_as_pytree(loss), params, problem, elementwise=elementwise, chunk=chunk)
 
 
@@ -161,10 +166,15 @@ def _loss(field: Partial, params: Params, problem: Problem, *, chunk: int) -> Ar
     return jnp.sum(jax.lax.map(of_block, _blocks(problem, chunk))).astype(problem.pairs.x0.dtype)
 
 
-@functools.partial(jax.jit, static_argnames=("elementwise", "chunk"))
-def _gradients(loss: Partial, params: Params, problem: Problem, *, elementwise: bool, chunk: int) -> GradientMoments:
-    def of_block(block: Block) -> GradientMoments:
+@sites.with_care
+@functools.partial(jax.jit, static_argnames=("elementwise", "chunk", "guarded"))
+def _gradients(
+    loss: Partial, params: Params, problem: Problem, *, elementwise: bool, chunk: int, guarded: bool
+) -> tuple[GradientMoments, Array]:
+    def of_block(block: Block) -> tuple[GradientMoments, Array]:
         nodes, weights = nodes_of(problem, block)
-        return gradient_moments(loss, params, nodes, weights=weights, elementwise=elementwise, chunk=chunk)
+        options: dict[str, Any] = {"weights": weights, "elementwise": elementwise, "chunk": chunk}
+        return sites.moments_and_flag(loss, params, nodes, guarded=guarded, **options)
 
-    return _moments.merge_chunks(of_block, _blocks(problem, chunk))
+    found, sound = _moments.merge_chunks(of_block, _blocks(problem, chunk))
+    return found, jnp.all(sound)

@@ -11,19 +11,37 @@ a dot product, one row of data     x^T y; norms and moments follow from the rows
 a dot product, few rows            sum_l x_l^T y_l; its norm from two Gram matrices ("outer products")
 a dot product, many rows           one matrix product an example, reduced at once ("outer products")
 a convolution                      the patches of one image times its cotangent, reduced at once ("image patches")
-anything else                      `jax.vjp` of that one equation ("vjp of add", "vjp of gather", ...)
+a lookup of whole rows             a few rows of the table; equal ones are added first ("rows of a table")
+a derivative rule of its own       its traced derivative, if that ends in a product ("outer products")
+anything else                      `jax.vjp` of that one equation ("vjp of add", "vjp of cond", ...)
 =================================  =================================================================================
 
-A parameter that is used at several sites, or through a computation (weight standardisation, weight decay), has its
-gradients added, example by example, before they are squared. Where a fast way would lose digits to cancellation, a
-slower one is taken at run time. Theory, costs and limits: docs/theory.md, section 7.
+Kernels that are concatenated, or multiplied by constants (scales, masks), are handled as they are. A parameter that is
+used at several sites, or through a computation (weight standardisation, weight decay), has its gradients added, example
+by example, before they are squared. Where a fast way would lose digits to cancellation, a slower one is taken.
+`verify` compares some gradients with `vmap(grad)`. Theory, costs and limits: docs/theory.md, section 7.
 """
 
+from fvjax.sites._api import DisagreementWarning as DisagreementWarning
 from fvjax.sites._api import Paths as Paths
 from fvjax.sites._api import SlowPathWarning as SlowPathWarning
 from fvjax.sites._api import SquareNorms as SquareNorms
 from fvjax.sites._api import moments as moments
+from fvjax.sites._api import moments_and_flag as moments_and_flag
 from fvjax.sites._api import paths as paths
 from fvjax.sites._api import square_norms as square_norms
+from fvjax.sites._api import verify as verify
+from fvjax.sites._api import with_care as with_care
 
-__all__ = ["Paths", "SlowPathWarning", "SquareNorms", "moments", "paths", "square_norms"]
+__all__ = [
+    "DisagreementWarning",
+    "Paths",
+    "SlowPathWarning",
+    "SquareNorms",
+    "moments",
+    "moments_and_flag",
+    "paths",
+    "square_norms",
+    "verify",
+    "with_care",
+]

@@ -1,15 +1,23 @@
-"""One forward and one backward pass over the batch, then the gradients of every example, cluster by cluster."""
+"""One forward and one backward pass over the batch, then the gradients of every example, cluster by cluster.
 
+What is quick is done first, for all clusters, together with a flag that says whether digits were lost. Where the caller
+can look at the flag, only the quick part is compiled; under the caller's own `jit` one branch follows it, which forms
+the moments of all clusters with care, and within that one last loop over the examples.
+"""
+
+import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from fvjax import _moments
-from fvjax.sites import _products, _rules
-from fvjax.sites._plan import Cluster, Plan
-from fvjax.sites._program import Kind
+from fvjax._moments import Weighting
+from fvjax.sites import _lookups, _products, _rules
+from fvjax.sites._plan import Cluster, Plan, Scaling
+from fvjax.sites._program import Kind, has_own_rule
 from fvjax.types import Array, GradientMoments
 
 BLOCK = 2**16
@@ -26,30 +34,17 @@ Gradient = Callable[[Example], list[Array]]
 """From the operands and cotangents of ONE example to the gradients of the targets of a cluster."""
 
 
-class Weighting(NamedTuple):
-    """Weights [n] (None: 1 each), and the group of every example, integers [n] (None: a single group)."""
-
-    weights: Array | None
-    by: Array | None
-    groups: int | None
-
-    def of(self, n: int) -> Array:
-        """The weights, [n]."""
-        return jnp.ones(n) if self.weights is None else self.weights
-
-    def totals(self, n: int) -> Array:
-        """The weight of each group, or of all."""
-        weights = self.of(n)
-        return jnp.sum(weights) if self.by is None else jax.ops.segment_sum(weights, self.by, self.groups)
-
-
 class Backward(NamedTuple):
-    """The losses [n] and, for all sites, what they took from the data and the cotangents of what they gave."""
+    """The losses [n] and, for all sites, what they took from the data and the cotangents of what they gave.
+
+    `fixed` are the values that depend on no data, `scales` those of scaled roots.
+    """
 
     losses: Array
     data: dict[int, Array]
     cotangents: dict[int, Array]
     fixed: dict[int, Any]
+    scales: dict[int, Array]
 
     def of(self, cluster: Cluster) -> Example:
         """What the sites of one cluster need."""
@@ -57,17 +52,27 @@ class Backward(NamedTuple):
         return data, {o: self.cotangents[o] for site in cluster.sites for o in site.outputs}
 
 
-@jax.custom_vjp
-def _probe(value: Array, delta: Array) -> Array:
-    """`value`, with the derivative of value + delta: delta collects the cotangent, and costs nothing forward.
+class Reduced(NamedTuple):
+    """Mean and second quantity (m2, its trace, or squared norms) of every target, and whether they are sound.
 
-    Under `vmap` the result has a batch axis, as delta has, also where `value` has none: else the one cotangent of all
-    examples would arrive. XLA drops the choice, whose outcome is known.
+    None: nothing could have been lost. `unscaled`: the scale of the root, one number, is still to be multiplied in.
     """
-    return jnp.where(False, delta, value)
+
+    means: list[Array]
+    seconds: list[Array]
+    sound: Array | None = None
+    unscaled: bool = False
 
 
-_probe.defvjp(lambda value, delta: (_probe(value, delta), None), lambda _, cotangent: (cotangent, cotangent))
+@jax.custom_jvp
+def _probe(value: Array, _delta: Array) -> Array:
+    """`value`, with the derivative of value + delta: delta collects the cotangent, and costs nothing forward."""
+    return value
+
+
+@_probe.defjvp
+def _(primals: tuple[Array, Array], tangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    return _probe(*primals), tangents[0] + tangents[1]
 
 
 def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> Backward:
@@ -80,7 +85,9 @@ def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> 
     """
     n = len(examples[0])
     program = plan.program
-    fixed = program.constants | dict(zip(program.leaves, leaves, strict=True))
+    # A derivative of its own may index its constants by traced numbers, so they are arrays.
+    fixed = {i: jnp.asarray(x) if isinstance(x, np.ndarray) else x for i, x in program.constants.items()}
+    fixed |= zip(program.leaves, leaves, strict=True)
     data_steps = []
     for step in program.steps:
         if any(program.kinds[i] == Kind.DATA for i in step.inputs):
@@ -91,46 +98,59 @@ def backward(plan: Plan, leaves: Sequence[Array], examples: Sequence[Array]) -> 
     sites = [site for cluster in clusters for site in cluster.sites]
     wanted = tuple(dict.fromkeys(i for site in sites for i in site.data))
 
-    def forward(example: Sequence[Array], deltas: dict[int, Array]) -> tuple[Array, dict[int, Array]]:
+    # A derivative of its own may ask which of its inputs are differentiated: params are, whatever comes of it.
+    own = {o: site for site in sites if has_own_rule(site.step.equation) for o in site.outputs}
+    params = {operand.value: fixed[operand.value] for site in own.values() for operand in site.operands}
+
+    def forward(
+        example: Sequence[Array], deltas: dict[int, Array], params: dict[int, Array]
+    ) -> tuple[Array, dict[int, Array]]:
         known = fixed | dict(zip(program.example, example, strict=True))
         for step in data_steps:
-            known |= {o: _probe(v, deltas[o]) if o in deltas else v for o, v in step.run(known).items()}
+            given = known | params if own.keys() & step.results else known
+            known |= {o: _probe(v, deltas[o]) if o in deltas else v for o, v in step.run(given).items()}
         return known[program.loss], {i: known[i] for i in wanted}
 
     avals = {o: program.avals[o] for site in sites for o in site.outputs}
-    deltas = {o: jnp.zeros((n, *aval.shape), aval.dtype) for o, aval in avals.items()}
-    inputs = [*examples, jnp.ones(n, jnp.float32)]
-    losses, pull, data = jax.vjp(lambda d: jax.vmap(forward)(inputs, d), deltas, has_aux=True)
-    (cotangents,) = pull(jnp.ones_like(losses))
-    return Backward(losses, data, cotangents, fixed)
+
+    # The derivative of ONE example, mapped: an output that needs no data still gets the cotangent of each example.
+    def of_one(example: Sequence[Array]) -> tuple[Array, dict[int, Array], dict[int, Array]]:
+        deltas = {o: jnp.zeros(aval.shape, aval.dtype) for o, aval in avals.items()}
+        loss, pull, data = jax.vjp(lambda d, p: forward(example, d, p), deltas, params, has_aux=True)
+        return loss, data, pull(jnp.ones_like(loss))[0]
+
+    losses, data, cotangents = jax.vmap(of_one)([*examples, jnp.ones(n, jnp.float32)])
+    return Backward(losses, data, cotangents, fixed, plan.scales(fixed))
 
 
-def gradient_of_one(plan: Plan, cluster: Cluster, fixed: dict[int, Any]) -> Gradient:
+def _gradient_of_one(plan: Plan, cluster: Cluster, passed: Backward) -> Gradient:
     """The function that forms the gradients of ONE example, in at least float32."""
-    pull = plan.pullback(cluster, fixed) if cluster.joint else None
+    pull = plan.pullback(cluster, passed.fixed) if cluster.joint else None
     avals = plan.program.avals
 
     def gradient(example: Example) -> list[Array]:
         total: dict[int, Array] = {}
         for site in cluster.sites:
-            for root, value in _at_site(plan, site, fixed, example).items():
+            for root, value in _at_site(plan, site, passed.fixed, example).items():
                 total[root] = total[root] + value if root in total else value
         gradients = [total[root] for root in cluster.roots]
         gradients = gradients if pull is None else pull(gradients)
         dtypes = [_moments.accumulation_dtype(avals[target]) for target in cluster.targets]
-        return [g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        gradients = [g.astype(dtype) for g, dtype in zip(gradients, dtypes, strict=True)]
+        if cluster.scaling:
+            gradients = [g * passed.scales[t].astype(g.dtype) for g, t in zip(gradients, cluster.targets, strict=True)]
+        return gradients
 
     return gradient
 
 
 def _at_site(plan: Plan, site: _rules.Site, fixed: dict[int, Any], example: Example) -> dict[int, Array]:
     """The gradients of ONE example at one site, by root."""
-    data, cotangents = example[0], [example[1][o] for o in site.outputs]
-    if _rules.is_product(site):
-        root = site.operands[0].root
-        product = _rules.contract(_rules.factors(site, data[site.data[0]], cotangents[0]))
-        return {root: _rules.layout(site).into_root(product, plan.program.avals[root].shape)}
-    known = fixed | {i: data[i] for i in site.data}
+    known, cotangents = fixed | {i: example[0][i] for i in site.data}, [example[1][o] for o in site.outputs]
+    if isinstance(site.rule, _rules.Product):
+        (root,) = site.roots
+        product = site.rule.product(known, cotangents)
+        return {root: site.rule.layout.into_root(product, plan.program.avals[root].shape)}
     return {root: _rules.widened(g) for root, g in _rules.derivative(site, known, cotangents).items()}
 
 
@@ -141,8 +161,9 @@ def _block(plan: Plan, cluster: Cluster, n: int) -> int:
     """
     avals = plan.program.avals
     factors = sum(avals[i].size for site in cluster.sites for i in (*site.data, *site.outputs))
-    size = sum(avals[t].size for t in cluster.targets) + sum(_rules.patch_size(site) for site in cluster.sites)
-    slow = any(map(_rules.is_loop, cluster.sites))
+    size = sum(avals[t].size for t in cluster.targets)
+    size += sum(site.rule.patches for site in cluster.sites if isinstance(site.rule, _rules.Product))
+    slow = any(site.step.name in _rules.LOOPS for site in cluster.sites)
     fitting = max(1, (SLOW_BLOCK if slow else BLOCK) // max(size, 1))
     if size <= factors and not slow:
         fitting = n
@@ -150,94 +171,288 @@ def _block(plan: Plan, cluster: Cluster, n: int) -> int:
     return max(1, -(-n // blocks))
 
 
-def cluster_moments(
-    plan: Plan,
-    cluster: Cluster,
-    passed: Backward,
-    weighting: Weighting,
-    *,
-    trace: bool,
-) -> list[tuple[Array, Array]]:
-    """Mean and m2 (or its trace) of every target of a cluster."""
-    n = len(passed.losses)
-    given, by, groups = weighting
-    weights = weighting.of(n)
-    example, gradient = passed.of(cluster), gradient_of_one(plan, cluster, passed.fixed)
-    block = _block(plan, cluster, n)
+def _factors(plan: Plan, cluster: Cluster, passed: Backward) -> _rules.Factors:
+    """The factors of all examples, [n, groups, L, ...], not scaled; several sites of one root are more rows."""
+    data, cotangents = passed.of(cluster)
 
-    def one_by_one(weights: Array) -> list[tuple[Array, Array]]:
-        moments = _block_moments(gradient, example, Weighting(weights, by, groups), block=block, trace=trace)
-        return list(zip(moments.mean, moments.m2, strict=True))
+    def of_site(site: _rules.Site, rule: _rules.Product) -> _rules.Factors:
+        def of_one(data: dict[int, Array], cotangents: list[Array]) -> _rules.Factors:
+            return rule.factors(passed.fixed | data, cotangents)
 
-    layout = cluster.layout
-    if layout is None or (groups is not None and groups > _products.MOST_GROUPS):
-        return one_by_one(weights)
-    if not _products.pays(layout, cluster.length, elementwise=not trace):
-        return one_by_one(weights)
-    factors, shape = _factors(plan, cluster, example), plan.program.avals[cluster.roots[0]].shape
+        return jax.vmap(of_one)({i: data[i] for i in site.data}, [cotangents[o] for o in site.outputs])
 
-    def within(weights: Array | None) -> tuple[Array, Array]:
-        def fallback() -> Array:
-            whole = Weighting(weights, None, None)
-            return _block_moments(gradient, example, whole, block=block, trace=trace).m2[0]
-
-        def laid_out(product: Array) -> Array:
-            return layout.into_root(product, shape)
-
-        return _products.moments(factors, weights, laid_out, fallback, trace=trace)
-
-    if by is None:
-        return [within(given)]
-    return [jax.lax.map(lambda group: within(jnp.where(by == group, weights, 0)), jnp.arange(groups, dtype=by.dtype))]
-
-
-def _factors(plan: Plan, cluster: Cluster, example: Example) -> _rules.Factors:
-    """The factors of all examples, [n, groups, L, ...]; several sites of one root are more rows of the same product."""
-    data, cotangents = example
-    parts = [
-        jax.vmap(lambda d, c, s=site: _rules.factors(s, d, c))(data[site.data[0]], cotangents[site.outputs[0]])
-        for site in cluster.sites
-    ]
     dtype = _moments.accumulation_dtype(plan.program.avals[cluster.roots[0]])
-    return _rules.Factors(*(jnp.concatenate([f.astype(dtype) for f in p], 2) for p in zip(*parts, strict=True)))
+    parts = itertools.starmap(of_site, cluster.products)
+    rows, columns = (jnp.concatenate([f.astype(dtype) for f in part], 2) for part in zip(*parts, strict=True))
+    return _rules.Factors(rows, columns)
+
+
+def _entries(plan: Plan, cluster: Cluster, passed: Backward) -> _rules.Entries:
+    """The rows of a table for all examples, united, [n, L, ...]."""
+    data, cotangents = passed.of(cluster)
+    lookup = cluster.lookups[0][1]
+    dtype = _moments.accumulation_dtype(plan.program.avals[cluster.roots[0]])
+    scale = passed.scales[cluster.roots[0]].astype(dtype) if cluster.scaling else None
+
+    def of_one(data: dict[int, Array], cotangents: dict[int, Array]) -> _rules.Entries:
+        parts = []
+        for site, rule in cluster.lookups:
+            known = passed.fixed | {i: data[i] for i in site.data}
+            parts.append(rule.entries(known, [cotangents[o] for o in site.outputs]))
+        rows = jnp.concatenate([part.rows for part in parts])
+        values = jnp.concatenate([part.values.astype(dtype) for part in parts])
+        if scale is not None:
+            whole = scale if scale.ndim == 0 else lookup.from_root(scale).at[rows].get(mode="fill", fill_value=0)
+            values = values * whole
+        return _lookups.united(_rules.Entries(rows, values), lookup.size)
+
+    return jax.vmap(of_one)(data, cotangents)
+
+
+def _scale_of(cluster: Cluster, passed: Backward) -> Array | None:
+    """The scale of the coordinates as [groups, R, C], where it is not one number."""
+    if cluster.scaling != Scaling.GENERAL:
+        return None
+    return cluster.products[0][1].layout.from_root(passed.scales[cluster.roots[0]])
+
+
+def _laid_out(plan: Plan, cluster: Cluster, lead: int) -> Callable[[Array], Array]:
+    """From [groups of examples?, groups, R, C] to the shape of the root, with `lead` leading axes."""
+    layout, shape = cluster.products[0][1].layout, plan.program.avals[cluster.roots[0]].shape
+
+    def one(product: Array) -> Array:
+        return layout.into_root(product, shape)
+
+    return jax.vmap(one) if lead else one
+
+
+# Moments
+
+
+def moments(
+    plan: Plan, passed: Backward, weighting: Weighting, *, trace: bool, guarded: bool
+) -> tuple[dict[int, tuple[Array, Array]], Array]:
+    """Mean and m2 (or its trace) of every target, and whether they are sound: always, if `guarded`.
+
+    The means are right in any case, so only m2 passes through the branches.
+    """
+    quick = [_quick_moments(plan, cluster, passed, weighting, trace=trace) for cluster in plan.clusters]
+    unsure = [k for k, reduced in enumerate(quick) if reduced.sound is not None]
+    sound = _all(quick[k].sound for k in unsure)
+    seconds = [reduced.seconds for reduced in quick]
+    if guarded and unsure:
+
+        def carefully(operands: Any) -> list[list[Array]]:
+            found, passed, weights, by = operands
+            own = Weighting(weights, by, weighting.groups)
+            chosen = [plan.clusters[k] for k in unsure]
+            return _careful_moments(plan, chosen, passed, weighting=own, found=found, trace=trace)
+
+        def quickly(operands: Any) -> list[list[Array]]:
+            return [seconds for seconds, _ in operands[0]]
+
+        operands = [(seconds[k], quick[k].sound) for k in unsure], passed, weighting.weights, weighting.by
+        for k, own in zip(unsure, _chosen(sound, quickly, carefully, operands), strict=True):
+            seconds[k] = own
+        sound = jnp.ones((), bool)
+    return _found(plan, passed, quick, seconds), sound
+
+
+def _found(
+    plan: Plan, passed: Backward, quick: Sequence[Reduced], seconds: Sequence[list[Array]]
+) -> dict[int, tuple[Array, Array]]:
+    """Mean and second quantity by target; where the scale of a product is one number, it is multiplied in here."""
+    found: dict[int, tuple[Array, Array]] = {}
+    for cluster, reduced, own in zip(plan.clusters, quick, seconds, strict=True):
+        parts = list(zip(reduced.means, own, strict=True))
+        if reduced.unscaled:
+            (mean, second), scale = parts[0], passed.scales[cluster.roots[0]].astype(parts[0][0].dtype)
+            parts = [(mean * scale, second * scale**2)]
+        found |= zip(cluster.targets, parts, strict=True)
+    return found
+
+
+def _all(flags: Any) -> Array:
+    total = jnp.ones((), bool)
+    for flag in flags:
+        total = total & flag
+    return total
+
+
+def _quick_moments(plan: Plan, cluster: Cluster, passed: Backward, weighting: Weighting, *, trace: bool) -> Reduced:
+    lead = 0 if weighting.groups is None else 1
+    if cluster.is_product(elementwise=not trace):
+        factors = _products.counted(_factors(plan, cluster, passed), weighting)
+        mean, scale = _products.mean(factors, weighting), _scale_of(cluster, passed)
+        m2, sound = _products.plain(factors, weighting, mean, scale=scale, trace=trace)
+        laid_out = _laid_out(plan, cluster, lead)
+        unscaled = cluster.scaling == Scaling.UNIFORM
+        return Reduced(
+            [laid_out(mean if scale is None else mean * scale)], [m2 if trace else laid_out(m2)], sound, unscaled
+        )
+    if cluster.is_lookup(weighting.groups):
+        lookup = cluster.lookups[0][1]
+        into_root = jax.vmap(lookup.into_root) if lead else lookup.into_root
+        entries = _entries(plan, cluster, passed)
+        mean, m2 = _lookups.moments(entries, lookup.size, weighting, trace=trace)
+        return Reduced([into_root(mean)], [m2 if trace else into_root(m2)])
+    found = _formed_moments(plan, cluster, passed, weighting, trace=trace)
+    return Reduced(found.mean, found.m2)
+
+
+def _careful_moments(
+    plan: Plan,
+    clusters: Sequence[Cluster],
+    passed: Backward,
+    *,
+    weighting: Weighting,
+    found: Sequence[tuple[list[Array], Array]],
+    trace: bool,
+) -> list[list[Array]]:
+    """m2 of products of which some lost digits: by their deviations, else by forming every gradient."""
+    lead = 0 if weighting.groups is None else 1
+    seconds, sounds, means = [], [], []
+    for cluster, (quick, quick_sound) in zip(clusters, found, strict=True):
+        factors = _products.counted(_factors(plan, cluster, passed), weighting)
+        m2, sound, mean = _products.shifted(factors, weighting, trace=trace)
+        scaled = cluster.scaling == Scaling.GENERAL
+        own = m2 if trace else _laid_out(plan, cluster, lead)(m2)
+        seconds.append(quick if scaled else [own])
+        sounds.append(quick_sound if scaled else sound)
+        means.append(mean)
+
+    def exactly(operands: Any) -> list[list[Array]]:
+        _, means, passed, weights, by = operands
+        own = Weighting(weights, by, weighting.groups)
+        return _exact_moments(plan, clusters, passed, weighting=own, means=means, trace=trace)
+
+    operands = seconds, means, passed, weighting.weights, weighting.by
+    return _chosen(_all(sounds), lambda operands: operands[0], exactly, operands)
+
+
+def _exact_moments(
+    plan: Plan,
+    clusters: Sequence[Cluster],
+    passed: Backward,
+    *,
+    weighting: Weighting,
+    means: Sequence[Array],
+    trace: bool,
+) -> list[list[Array]]:
+    """m2 of products at their means, [groups of examples?, groups, R, C]: one gradient after the other is formed.
+
+    The means are off by a few roundings, so with the gaps g - mean in a group, m2 = sum w gap^2 - (sum w gap)^2 / W.
+    The examples are taken group by group, and each adds to m2 by how much that grows: one sum of gaps is kept.
+    """
+    n, grouped = len(passed.losses), weighting.by is not None
+    products = [_product_of_one(plan, cluster, passed) for cluster in clusters]
+    scales = [_scale_of(cluster, passed) for cluster in clusters]
+    weights, groups = weighting.of(n), jnp.zeros(n, jnp.int32)
+    if weighting.by is not None:
+        inside = weighting.inside(weighting.by)
+        weights, groups = jnp.where(inside, weights, 0), jnp.where(inside, weighting.by, 0).astype(jnp.int32)
+    totals = jnp.atleast_1d(_moments.divisor(weighting.totals(n)))
+    data = [passed.of(cluster) for cluster in clusters]
+
+    def body(carry: tuple[list[Array], list[Array], Array], row: Array) -> tuple[Any, list[Array]]:
+        sums, coordinates, last = carry
+        weight, group, example = weights[row], groups[row], jax.tree.map(lambda x: x[row], data)
+        after, growths, squares = [], [], []
+        for product, scale, own, mean, total in zip(products, scales, example, means, sums, strict=True):
+            center = jax.lax.dynamic_index_in_dim(mean, group, keepdims=False) if grouped else mean
+            gap = product(own) - center
+            gap = jnp.where(weight > 0, gap if scale is None else gap * scale, 0)
+            before, w = jnp.where(group == last, total, 0), weight.astype(gap.dtype)
+            after.append(before + w * gap)
+            growth = w * gap**2 - (after[-1] ** 2 - before**2) / totals[group].astype(gap.dtype)
+            growths.append(growth)
+            squares.append(jnp.sum(growth) if trace else jnp.zeros((), gap.dtype))
+        if not trace:
+            own = [jax.lax.dynamic_index_in_dim(c, group, keepdims=False) for c in coordinates]
+            own = [o + growth for o, growth in zip(own, growths, strict=True)]
+            coordinates = [
+                jax.lax.dynamic_update_index_in_dim(c, o, group, 0) for c, o in zip(coordinates, own, strict=True)
+            ]
+        return (after, coordinates, group), squares
+
+    order = jnp.argsort(groups)
+    shapes = [mean.shape[1:] if grouped else mean.shape for mean in means]
+    zeros = [jnp.zeros(shape, mean.dtype) for shape, mean in zip(shapes, means, strict=True)]
+    whole = [] if trace else [jnp.zeros((len(totals), *zero.shape), zero.dtype) for zero in zeros]
+    (_, coordinates, _), squares = jax.lax.scan(body, (zeros, whole, groups[order[0]]), order)
+    if trace:
+        by_group = Weighting(None, groups[order] if grouped else None, weighting.groups)
+        return [[jnp.maximum(by_group.total(own), 0)] for own in squares]
+    found = []
+    for cluster, own in zip(clusters, coordinates, strict=True):
+        m2 = jnp.maximum(own if grouped else own[0], 0)
+        found.append([_laid_out(plan, cluster, int(grouped))(m2)])
+    return found
+
+
+def _product_of_one(plan: Plan, cluster: Cluster, passed: Backward) -> Callable[[Example], Array]:
+    """The gradient of ONE example as [groups, R, C], not scaled."""
+    dtype = _moments.accumulation_dtype(plan.program.avals[cluster.roots[0]])
+
+    def product(example: Example) -> Array:
+        parts = []
+        for site, rule in cluster.products:
+            known = passed.fixed | {i: example[0][i] for i in site.data}
+            parts.append(rule.product(known, [example[1][o] for o in site.outputs]).astype(dtype))
+        return sum(parts[1:], parts[0])
+
+    return product
+
+
+def _formed_moments(
+    plan: Plan, cluster: Cluster, passed: Backward, weighting: Weighting, *, trace: bool
+) -> GradientMoments:
+    block = _block(plan, cluster, len(passed.losses))
+    gradient = _gradient_of_one(plan, cluster, passed)
+    return _block_moments(gradient, passed.of(cluster), weighting, block=block, trace=trace)
 
 
 def _block_moments(
-    gradient: Gradient, example: Example, weighting: Weighting, *, block: int, trace: bool
+    gradient: Callable[[Any], list[Array]], examples: Any, weighting: Weighting, *, block: int, trace: bool
 ) -> GradientMoments:
     """Moments of the gradients, a block of examples at a time, relative to the gradient of the first that counts.
 
-    So the running mean is rounded on the scale of the deviations, as in `_moments.merge_chunks`.
+    So the running mean is rounded on the scale of the deviations, as in `_moments.merge_chunks`. With groups a block
+    has examples of one group only.
     """
-    n = len(jax.tree.leaves(example)[0])
+    n = len(jax.tree.leaves(examples)[0])
     weights, by, groups = weighting.of(n), weighting.by, weighting.groups
     if block >= n:
-        values = jax.vmap(gradient)(example)
-        if trace and by is None:
-            return _products.traces(values, weights)
-        return _moments.moments_of(values, weights, by, groups, trace=trace)
+        return _moments.moments_of(jax.vmap(gradient)(examples), weights, by, groups, trace=trace)
     first = jnp.argmax(weights > 0)
-    origin = [jnp.where(jnp.any(weights > 0), g, 0) for g in gradient(jax.tree.map(lambda x: x[first], example))]
+    origin = [jnp.where(jnp.any(weights > 0), g, 0) for g in gradient(jax.tree.map(lambda x: x[first], examples))]
 
-    def body(total: GradientMoments, piece: tuple[Example, Array, Array | None]) -> tuple[GradientMoments, None]:
-        examples, w, group = piece
-        if block > 1:
-            values = [g - o for g, o in zip(jax.vmap(gradient)(examples), origin, strict=True)]
-            own = _moments.moments_of(values, w, group, groups, trace=trace)
-            return _moments.merge_moments(total, own), None
-        w, group = w[0], None if group is None else group[0]
-        if group is not None and groups is not None:
-            w = jnp.where((group >= 0) & (group < groups), w, 0)
-            group = jnp.clip(group, 0, groups - 1)
-        values = gradient(jax.tree.map(lambda x: x[0], examples))
-        values = [jnp.where(w == 0, 0, g - o) for g, o in zip(values, origin, strict=True)]
-        return _moments.add_one(total, values, w, group), None
+    def merged(total: GradientMoments, examples: Any, w: Array) -> GradientMoments:
+        if block == 1:
+            values = gradient(jax.tree.map(lambda x: x[0], examples))
+            values = [jnp.where(w[0] == 0, 0, g - o) for g, o in zip(values, origin, strict=True)]
+            return _moments.add_one(total, values, w[0])
+        values = [g - o for g, o in zip(jax.vmap(gradient)(examples), origin, strict=True)]
+        return _moments.merge_moments(total, _moments.moments_of(values, w, trace=trace))
+
+    def body(total: GradientMoments, piece: tuple[Any, Array]) -> tuple[GradientMoments, None]:
+        return merged(total, *piece), None
+
+    def body_of_group(total: GradientMoments, piece: tuple[Array, Array]) -> tuple[GradientMoments, None]:
+        rows, group = piece
+        own = jax.tree.map(lambda x: jax.lax.dynamic_index_in_dim(x, group, keepdims=False), total)
+        w = weights.at[rows].get(mode="fill", fill_value=0)
+        own = merged(own, jax.tree.map(lambda x: x.at[rows].get(mode="clip"), examples), w)
+        return jax.tree.map(lambda x, v: jax.lax.dynamic_update_index_in_dim(x, v, group, 0), total, own), None
 
     lead = () if groups is None else (groups,)
     zeros = [jnp.zeros((*lead, *o.shape), o.dtype) for o in origin]
     m2 = [jnp.zeros(lead, o.dtype) for o in origin] if trace else zeros
     empty = GradientMoments(jnp.zeros(lead, weights.dtype), zeros, m2)
-    total, _ = jax.lax.scan(body, empty, _moments.in_chunks(example, weights, by, block))
+    if by is None:
+        total, _ = _moments.scan_compactly(body, empty, _moments.in_chunks(examples, weights, None, block)[:2])
+    else:
+        total, _ = jax.lax.scan(body_of_group, empty, weighting.in_blocks(n, block))
     mean = [_moments.counted(total.weight, m + o) for m, o in zip(total.mean, origin, strict=True)]
     return total._replace(mean=mean)
 
@@ -249,7 +464,7 @@ def with_common_part(plan: Plan, passed: Backward, weighting: Weighting, means: 
     n = len(passed.losses)
     weight = weighting.totals(n)
     first = jnp.argmax(weighting.of(n) > 0)
-    one = gradient_of_one(plan, plan.common, passed.fixed)(jax.tree.map(lambda x: x[first], passed.of(plan.common)))
+    one = _gradient_of_one(plan, plan.common, passed)(jax.tree.map(lambda x: x[first], passed.of(plan.common)))
     shared = dict(zip(plan.common.targets, one, strict=True))
     return [
         mean + _moments.counted(weight, jnp.broadcast_to(shared[leaf], mean.shape)) if leaf in shared else mean
@@ -257,32 +472,64 @@ def with_common_part(plan: Plan, passed: Backward, weighting: Weighting, means: 
     ]
 
 
-def cluster_norms(plan: Plan, cluster: Cluster, passed: Backward, weights: Array | None) -> list[tuple[Array, Array]]:
-    """Weighted mean and squared norms [n] of every target of a cluster."""
-    n = len(passed.losses)
-    example, gradient = passed.of(cluster), gradient_of_one(plan, cluster, passed.fixed)
-    block = _block(plan, cluster, n)
-    layout = cluster.layout
-    if layout is None or not _products.pays(layout, cluster.length, elementwise=False):
-        return _block_norms(gradient, example, weights, block)
-    factors, shape = _factors(plan, cluster, example), plan.program.avals[cluster.roots[0]].shape
-    return [
-        _products.norms(
-            factors,
-            weights,
-            lambda product: layout.into_root(product, shape),
-            lambda: _block_norms(gradient, example, weights, block)[0],
-        )
-    ]
+# Norms
 
 
-def _block_norms(gradient: Gradient, example: Example, weights: Array | None, block: int) -> list[tuple[Array, Array]]:
-    n = len(jax.tree.leaves(example)[0])
-    weights = jnp.ones(n) if weights is None else weights
+def norms(
+    plan: Plan, passed: Backward, weights: Array | None, *, guarded: bool
+) -> tuple[dict[int, tuple[Array, Array]], Array]:
+    """Weighted mean and squared norms [n] of every target, and whether they are sound: always, if `guarded`."""
+    weighting = Weighting(weights, None, None)
+    quick = [_quick_norms(plan, cluster, passed, weighting) for cluster in plan.clusters]
+    unsure = [k for k, reduced in enumerate(quick) if reduced.sound is not None]
+    sound = _all(quick[k].sound for k in unsure)
+    seconds = [reduced.seconds for reduced in quick]
+    if guarded and unsure:
+
+        def exactly(operands: Any) -> list[list[Array]]:
+            return _exact_norms(plan, [plan.clusters[k] for k in unsure], operands[1])
+
+        operands = [seconds[k] for k in unsure], passed
+        for k, own in zip(unsure, _chosen(sound, lambda operands: operands[0], exactly, operands), strict=True):
+            seconds[k] = own
+        sound = jnp.ones((), bool)
+    return _found(plan, passed, quick, seconds), sound
+
+
+def _quick_norms(plan: Plan, cluster: Cluster, passed: Backward, weighting: Weighting) -> Reduced:
+    if cluster.is_product(elementwise=False):
+        factors = _factors(plan, cluster, passed)
+        scale = _scale_of(cluster, passed)
+        mean = _products.mean(_products.counted(factors, weighting), weighting)
+        squares, bound = _products.squares(factors, scale)
+        sound = None if cluster.length == 1 else _products.sound(bound, squares)
+        mean = _laid_out(plan, cluster, 0)(mean if scale is None else mean * scale)
+        return Reduced([mean], [squares], sound, cluster.scaling == Scaling.UNIFORM)
+    if cluster.is_lookup():
+        lookup, entries = cluster.lookups[0][1], _entries(plan, cluster, passed)
+        mean = lookup.into_root(_lookups.mean(entries, lookup.size, weighting))
+        return Reduced([mean], [_lookups.square_norms(entries, lookup.size)])
+    gradient, block = _gradient_of_one(plan, cluster, passed), _block(plan, cluster, len(passed.losses))
+    return _block_norms(gradient, passed.of(cluster), weighting, block)
+
+
+def _exact_norms(plan: Plan, clusters: Sequence[Cluster], passed: Backward) -> list[list[Array]]:
+    """Squared norms of products: one gradient after the other is formed."""
+    products = [_product_of_one(plan, cluster, passed) for cluster in clusters]
+
+    def squares(example: list[Example]) -> list[list[Array]]:
+        return [[jnp.sum(product(own) ** 2)] for product, own in zip(products, example, strict=True)]
+
+    return jax.lax.map(squares, [passed.of(cluster) for cluster in clusters])
+
+
+def _block_norms(gradient: Gradient, examples: Example, weighting: Weighting, block: int) -> Reduced:
+    n = len(jax.tree.leaves(examples)[0])
+    weights = weighting.of(n)
 
     def reduced(examples: Example, w: Array) -> tuple[list[Array], list[Array]]:
         values = jax.vmap(gradient)(examples)
-        sums = [_moments.weighted_sum(w, _moments.counted(w, v)) for v in values]
+        sums = [_moments.weighted_sum(w, v if weighting.weights is None else _moments.counted(w, v)) for v in values]
         return sums, [jnp.sum(v * v, tuple(range(1, v.ndim))) for v in values]
 
     def body(total: list[Array], piece: tuple[Example, Array, Any]) -> tuple[list[Array], list[Array]]:
@@ -290,11 +537,48 @@ def _block_norms(gradient: Gradient, example: Example, weights: Array | None, bl
         return [t + s for t, s in zip(total, sums, strict=True)], squares
 
     if block >= n:
-        sums, squares = reduced(example, weights)
+        sums, squares = reduced(examples, weights)
     else:
-        shapes, _ = jax.eval_shape(reduced, jax.tree.map(lambda x: x[:block], example), weights[:block])
+        shapes, _ = jax.eval_shape(reduced, jax.tree.map(lambda x: x[:block], examples), weights[:block])
         empty = [jnp.zeros(s.shape, s.dtype) for s in shapes]
-        sums, squares = jax.lax.scan(body, empty, _moments.in_chunks(example, weights, None, block))
+        sums, squares = _moments.scan_compactly(body, empty, _moments.in_chunks(examples, weights, None, block))
         squares = [s.reshape(-1)[:n] for s in squares]
-    total = _moments.divisor(jnp.sum(weights))
-    return [(s / total.astype(s.dtype), q) for s, q in zip(sums, squares, strict=True)]
+    total = _moments.divisor(weighting.totals(n))
+    return Reduced([s / total.astype(s.dtype) for s in sums], squares)
+
+
+def _chosen(flag: Array, first: Callable[[Any], Any], second: Callable[[Any], Any], operands: Any) -> Any:
+    """`first` of the operands if the flag holds, else `second`; also under `vmap`, which would run both.
+
+    There the choice is made for one after the other. It is differentiated as it is.
+    """
+
+    def choice(flag: Array, operands: Any) -> Any:
+        return jax.lax.cond(flag, first, second, operands)
+
+    @jax.custom_batching.custom_vmap
+    def mapped(flag: Array, operands: Any) -> Any:
+        return choice(flag, operands)
+
+    @mapped.def_vmap
+    def _(_: int, batched: Any, flag: Array, operands: Any) -> tuple[Any, Any]:
+        leaves, structure = jax.tree.flatten((flag, operands))
+        moved = jax.tree.leaves(batched)
+
+        def one(own: list[Array]) -> Any:
+            rest = iter(own)
+            values = [next(rest) if moves else leaf for leaf, moves in zip(leaves, moved, strict=True)]
+            return mapped(*jax.tree.unflatten(structure, values))
+
+        found = jax.lax.map(one, [leaf for leaf, moves in zip(leaves, moved, strict=True) if moves])
+        return found, jax.tree.map(lambda _: True, found)
+
+    @jax.custom_jvp
+    def differentiable(flag: Array, operands: Any) -> Any:
+        return mapped(flag, operands)
+
+    @differentiable.defjvp
+    def _(primals: Any, tangents: Any) -> tuple[Any, Any]:
+        return jax.jvp(choice, primals, tangents)
+
+    return differentiable(flag, operands)

@@ -98,21 +98,39 @@ def trace(loss: Callable[[Params, Any], Array], params: Params, example: Any) ->
     """
 
     def scaled(params: Params, example: Any, one: Array) -> Array:
-        value = jnp.asarray(loss(params, example))
+        value: Any = loss(params, example)
+        if isinstance(value, tuple | list | dict):
+            raise ValueError(
+                f"loss must return a real scalar, got a {type(value).__name__} of {len(value)}; of (loss, aux) give the"
+                " first: lambda params, example: loss(params, example)[0]"
+            )
+        value = jnp.asarray(value)
         if value.shape != () or not jnp.issubdtype(value.dtype, jnp.floating):
             raise ValueError(f"loss must return a real scalar, got shape {value.shape}, {value.dtype}")
         return value * one.astype(value.dtype)
 
     closed = jax.make_jaxpr(scaled)(params, example, jax.ShapeDtypeStruct((), jnp.float32))
-    flat = _Flattener()
+    if _holds_references(closed.jaxpr):
+        raise ValueError("loss must be without mutable references (jax.new_ref), got one")
+    flat = Flattener()
     count = len(jax.tree.leaves(params))
     inputs = [flat.new(v.aval, Kind.PARAMS if i < count else Kind.DATA) for i, v in enumerate(closed.jaxpr.invars)]
     (value,) = flat.inline(closed, inputs)
-    steps = _live(flat.steps, {value})
+    steps = live(flat.steps, {value})
     return Program(steps, flat.avals, flat.kinds, flat.constants, inputs[:count], inputs[count:], value)
 
 
-class _Flattener:
+def _holds_references(jaxpr: Any) -> bool:
+    """Whether values are written to: what an equation gives then does not depend on its inputs alone."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name in {"new_ref", "ref", "get", "swap", "addupdate"}:
+            return True
+        if any(map(_holds_references, jex.jaxprs_in_params(equation.params))):
+            return True
+    return False
+
+
+class Flattener:
     """Collects the steps. Sub-jaxprs are shared between calls, so every call numbers its values anew."""
 
     def __init__(self) -> None:
@@ -122,6 +140,7 @@ class _Flattener:
         self.constants: dict[int, Any] = {}
         self.zeros: set[int] = set()
         self._seen: dict[Any, tuple[int | None, ...]] = {}
+        self._closed_over: dict[int, int] = {}
 
     def new(self, aval: Any, kind: Kind) -> int:
         self.avals.append(aval)
@@ -133,6 +152,12 @@ class _Flattener:
         self.constants[index] = value
         return index
 
+    def _closed(self, value: Any) -> int:
+        """A constant that a jaxpr closes over: the same array is the same value, wherever it is used."""
+        if id(value) not in self._closed_over:
+            self._closed_over[id(value)] = self.constant(value)
+        return self._closed_over[id(value)]
+
     def _is_zero(self, name: str, inputs: list[int]) -> bool:
         """Whether the equation gives zeros for all that is known of it: zeros laid out, or times params."""
         known = [i in self.zeros for i in inputs]
@@ -140,7 +165,7 @@ class _Flattener:
 
     def inline(self, closed: Any, inputs: Sequence[int]) -> list[int]:
         jaxpr = closed.jaxpr
-        values = dict(zip(jaxpr.constvars, map(self.constant, closed.consts), strict=True))
+        values = dict(zip(jaxpr.constvars, map(self._closed, closed.consts), strict=True))
         values |= zip(jaxpr.invars, inputs, strict=True)
 
         def read(atom: Any) -> int:
@@ -295,7 +320,7 @@ def _unrolled(equation: Any) -> Any:
     return jax.make_jaxpr(run)(*(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in equation.invars))
 
 
-def _live(steps: list[Step], wanted: set[int]) -> list[Step]:
+def live(steps: list[Step], wanted: set[int]) -> list[Step]:
     """The steps on which the wanted values depend, and those with side effects."""
     wanted, kept = set(wanted), []
     for step in reversed(steps):
@@ -303,3 +328,24 @@ def _live(steps: list[Step], wanted: set[int]) -> list[Step]:
             wanted.update(step.inputs)
             kept.append(step)
     return kept[::-1]
+
+
+def computed(steps: Sequence[Step], known: dict[int, Any]) -> dict[int, Any]:
+    """`known` and what the steps make of it."""
+    for step in steps:
+        known = known | step.run(known)
+    return known
+
+
+def scalar_constant(program: Flattener, step: Step) -> tuple[int, float] | None:
+    """The input of a step that multiplies it by a known number, and the number; else None."""
+    if step.name == "neg":
+        return step.inputs[0], -1.0
+    places = {"mul": (0, 1), "div": (1,)}.get(step.name, ())
+    for place in places:
+        number = program.constants.get(step.inputs[place])
+        if number is None or np.size(number) != 1 or isinstance(number, jax.core.Tracer):
+            continue
+        value = float(np.asarray(number).reshape(()))
+        return step.inputs[1 - place], value if step.name == "mul" else 1 / value
+    return None

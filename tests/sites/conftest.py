@@ -78,7 +78,8 @@ def errors(found: list[tuple[Any, ...]], reference: list[np.ndarray]) -> dict[st
             assert np.shape(value) == np.shape(other), name
             assert np.isrealobj(value), f"{name} is complex"
             gap = np.abs(np.asarray(value).astype(np.float64) - other)
-            worst[name] = max(worst[name], float(np.max(gap, initial=0)) / scale)
+            # Not `max`, which drops a nan: max(0.0, nan) is 0.0.
+            worst[name] = float(np.maximum(worst[name], np.max(gap, initial=0) / scale))
     return worst
 
 

@@ -3,6 +3,7 @@
 Under `vmap` such an output has no batch axis, so that one cotangent, summed over the batch, would arrive at it.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -95,7 +96,7 @@ def long_fori_loop():
     return problem(loss)
 
 
-@case(slow=True)
+@case()
 def long_scan_of_a_custom_rule():
     """Catches a rule of its own in a loop: one of its outputs needs params only, its derivative needs both."""
 
@@ -111,7 +112,7 @@ def long_scan_of_a_custom_rule():
     return problem(loss)
 
 
-@case(slow=True)
+@case()
 def cond_on_a_constant():
     """Catches branches that return the params, chosen by a flag that is not data."""
 
@@ -123,7 +124,7 @@ def cond_on_a_constant():
     return problem(loss)
 
 
-@case(slow=True)
+@case()
 def cond_on_params():
     """Catches branches that are chosen by the params, and return them."""
 
@@ -134,7 +135,7 @@ def cond_on_params():
     return problem(loss)
 
 
-@case(slow=True)
+@case()
 def switch_on_data():
     """Catches a branch on the data whose output seems to need params only: which ones is chosen by the data."""
 
@@ -216,6 +217,30 @@ def custom_jvp_with_a_norm():
         return square(y) * norm + jnp.sin(norm)
 
     return problem(loss)
+
+
+@jax.custom_jvp
+def kept(y: Array, w: Array) -> Array:
+    """y, whose derivative is dropped where w is not differentiated."""
+    return y
+
+
+@functools.partial(kept.defjvp, symbolic_zeros=True)
+def _kept_slope(at: Any, by: Any) -> Any:
+    (y, _), (dy, dw) = at, by
+    return y, jnp.zeros_like(y) if isinstance(dw, jax.custom_derivatives.SymbolicZero) else dy
+
+
+@case()
+def symbolic_zeros():
+    """Catches a declared derivative that asks whether params are differentiated, as diffrax's loops do."""
+    return problem(lambda w, x: square(kept(jnp.tanh(x @ w), w)))
+
+
+@case()
+def symbolic_zeros_of_data():
+    """Catches a declared derivative that asks whether its data depend on params."""
+    return problem(lambda w, x: square(kept(w[0] * x, jnp.tanh(x @ w))))
 
 
 @case()

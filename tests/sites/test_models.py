@@ -150,7 +150,7 @@ class ClassConditional(nn.Module):
         return nn.Dense(3, name="output")(h)
 
 
-@case({"['embed']['embedding']": "vjp of gather", "['dense']['kernel']": "outer products"})
+@case({"['embed']['embedding']": "rows of a table", "['dense']['kernel']": "outer products"})
 def class_conditional():
     """Catches rows of an embedding that go to the wrong label, and integer leaves of the batch."""
     return linen(ClassConditional(), normal(3, N, 3), np.asarray([0, 2, 2, 5, 1], np.int32))
@@ -200,7 +200,7 @@ class Attend(nn.Module):
         return embed.attend(nn.tanh(embed(token)))
 
 
-@case({"['embed']['embedding']": "outer products + vjp of gather"})
+@case({"['embed']['embedding']": "outer products + rows of a table"})
 def embedding_attend():
     """Catches the cross term of two different rules for one parameter."""
     return linen(Attend(), np.asarray([0, 2, 2, 5, 1], np.int32))

@@ -1,6 +1,8 @@
 """Moments and norms of random small networks, with weights, groups, chunks and blocks, against `vmap(grad)`."""
 
+import functools
 import warnings
+from collections.abc import Callable
 from typing import Any
 from unittest import mock
 
@@ -11,10 +13,153 @@ import jax.numpy as jnp
 import numpy as np
 
 from fvjax import sites
-from fvjax.sites import _engine
+from fvjax.sites import _engine, _program
 from fvjax.types import Array
 
-KINDS = ("dense", "conv", "bias", "scale", "layer norm", "attention", "tied", "transposed", "activation", "scan")
+PLAIN = ("dense", "conv", "bias", "scale", "layer norm", "attention", "tied", "transposed", "activation", "scan")
+UNROLLED = 2
+"""Scans of three steps are long here."""
+
+
+@jax.custom_vjp
+def with_norm(w: Array, h: Array) -> tuple[Array, Array]:
+    """(h w, |w|^2); the declared derivative by w takes both cotangents together, and is not linear in them."""
+    return h @ w, jnp.sum(w**2)
+
+
+def _pull_with_norm(kept: tuple[Array, Array], cotangents: tuple[Array, Array]) -> tuple[Array, Array]:
+    (w, h), (y, norm) = kept, cotangents
+    return h.T @ jnp.tanh(y) + 2 * norm * w * (1 + jnp.sum(y**2)), y @ w.T
+
+
+with_norm.defvjp(lambda w, h: (with_norm(w, h), (w, h)), _pull_with_norm)
+
+
+@jax.custom_vjp
+def passing(w: Array, h: Array) -> tuple[Array, Array]:
+    """(w, h w), with half the gradient for what passes through."""
+    return w, h @ w
+
+
+passing.defvjp(lambda w, h: (passing(w, h), (w, h)), lambda kept, g: (0.5 * g[0] + kept[1].T @ g[1], g[1] @ kept[0].T))
+
+
+@jax.custom_vjp
+def declared_dense(w: Array, h: Array) -> Array:
+    """h w, whose declared gradient is -2 / 3 of what it is."""
+    return h @ w
+
+
+declared_dense.defvjp(lambda w, h: (h @ w, (w, h)), lambda kept, g: (-2 * jnp.dot(kept[1].T, g) / 3, g @ kept[0].T))
+
+
+@jax.custom_jvp
+def sloped_norm(w: Array, h: Array) -> tuple[Array, Array]:
+    """(h w, |w|^2); the declared slope of the second needs the data."""
+    return h @ w, jnp.sum(w**2)
+
+
+@sloped_norm.defjvp
+def _sloped_norm_slope(at: Any, by: Any) -> Any:
+    (w, h), (dw, dh) = at, by
+    return sloped_norm(w, h), (h @ dw + dh @ w, jnp.sum(w * dw) * jnp.sum(jnp.tanh(h) ** 2))
+
+
+@jax.custom_jvp
+def kept_if_differentiated(h: Array, w: Array) -> Array:
+    """h, whose derivative is dropped where w is not differentiated."""
+    return h
+
+
+@functools.partial(kept_if_differentiated.defjvp, symbolic_zeros=True)
+def _kept_slope(at: Any, by: Any) -> Any:
+    (h, _), (dh, dw) = at, by
+    return h, jnp.zeros_like(h) if isinstance(dw, jax.custom_derivatives.SymbolicZero) else dh
+
+
+@jax.custom_vjp
+def clip_gradient(w: Array) -> Array:
+    """The identity, whose cotangent is bent: the backward pass is not linear in it."""
+    return w
+
+
+clip_gradient.defvjp(lambda w: (w, None), lambda _, g: (jnp.arctan(g),))
+
+
+@jax.jit
+def clipped_layer(w: Array, h: Array) -> Array:
+    """One jitted layer, which is called twice."""
+    return jnp.tanh(h @ clip_gradient(w))
+
+
+@jax.checkpoint
+def rematerialized(w: Array, h: Array) -> tuple[Array, Array]:
+    """A layer that returns its params."""
+    return w, jnp.tanh(h @ w)
+
+
+def carried(w: Array, h: Array) -> Array:
+    """A long scan whose carry has params that change, params that do not, and data."""
+
+    def step(carry: Any, _: None) -> Any:
+        kept, changed, h = carry
+        return (kept, 0.9 * changed, jnp.tanh(h @ kept + h @ changed)), jnp.sum(changed)
+
+    (kept, changed, h), sums = jax.lax.scan(step, (w, w, h), length=UNROLLED + 1)
+    return h @ kept + h * jnp.sum(sums) + jnp.sum(changed)
+
+
+def branches(w: Array, h: Array) -> Array:
+    """A branch that is chosen by no data, and returns params."""
+    flag = jnp.arange(3).sum() > 2
+    y, again = jax.lax.cond(flag, lambda w, h: (h @ w, 2 * w), lambda w, h: (h, w), w, h)
+    return y @ again
+
+
+def barred(w: Array, h: Array) -> Array:
+    """A barrier around params and data."""
+    w, h = jax.lax.optimization_barrier((w, h))
+    return jnp.tanh(h @ w) @ w
+
+
+def constants(w: Array, seed: int) -> np.ndarray:
+    """Numbers of both signs like w, none of them near zero."""
+    return np.random.default_rng(seed).uniform(0.5, 1.5, w.shape) * (-1.0) ** np.arange(w.shape[-1])
+
+
+def rows_taken(table: Array, h: Array) -> Array:
+    """Adds rows of a table of three that the data choose: with repeats, and beyond its end."""
+    index = jnp.mod(jnp.floor(2 * jax.lax.stop_gradient(h[:, 0])), 4).astype(jnp.int32)
+    index = jnp.concatenate([index, index[:1], jnp.ones(1, jnp.int32)])
+    rows = table.at[index].get(mode="fill", fill_value=0.5)
+    return h + rows[: len(h)] * h[:1] + jnp.sum(rows[len(h) :], 0)
+
+
+def both(layer: Callable[[Array, Array], tuple[Array, Array]], after: Callable[[Array, Array], Array]) -> Any:
+    """A layer with two outputs, of which a function makes one."""
+    return lambda w, h: after(*layer(w, h))
+
+
+SQUARE: dict[str, Callable[[Array, Array], Array]] = {
+    "norm": both(with_norm, lambda y, norm: y * norm + norm),
+    "passing": both(passing, lambda again, y: jnp.tanh(y) @ again),
+    "declared": lambda w, h: declared_dense(w, jnp.tanh(declared_dense(w, h))),
+    "sloped": both(sloped_norm, lambda y, norm: y * norm + norm),
+    "symbolic": lambda w, h: kept_if_differentiated(jnp.tanh(h @ w), w),
+    "clipped": lambda w, h: clipped_layer(w, clipped_layer(w, h)),
+    "checkpoint": both(rematerialized, lambda again, y: rematerialized(again, y)[1]),
+    "carried": carried,
+    "branches": branches,
+    "barrier": barred,
+    "third": lambda w, h: h @ (w * 0.3),
+    "over": lambda w, h: h @ (w / constants(w, 0)),
+    "negative": lambda w, h: h @ -w,
+    "mask": lambda w, h: h @ jnp.where(constants(w, 1) > 0.8, w, 0),
+    "minus": lambda w, h: h @ (constants(w, 2) - w),
+}
+"""Layers with a square matrix: equations with outputs of several kinds, declared derivatives, constant scales."""
+
+KINDS = (*PLAIN, *SQUARE, "lookup", "concatenated")
 
 
 class Network:
@@ -39,11 +184,16 @@ class Network:
             "tied": (width, width),
             "transposed": (width, width),
             "scan": (3, width, width),
-        }
+            "lookup": (3, width),
+            "concatenated": (width, size),
+        } | dict.fromkeys(SQUARE, (width, width))
         if kind in {"tied", "transposed"}:
             name = f"tied {width}"
         if kind in shapes and name not in self.params:
             self.params[name] = self.generator.normal(size=shapes[kind]) / np.sqrt(width)
+        if kind == "concatenated":
+            self.params[f"{name} too"] = self.generator.normal(size=(width, 1)) / np.sqrt(width)
+            return size + 2
         return size if kind in {"dense", "conv", "attention"} else width
 
     def loss(self, params: dict[str, Array], example: tuple[Array, Array]) -> Array:
@@ -51,7 +201,8 @@ class Network:
         h, weight = example
         for i, (kind, size) in enumerate(self.layers):
             tied = kind in {"tied", "transposed"}
-            h = apply(kind, params.get(f"tied {h.shape[-1]}" if tied else f"{i} {kind}"), h, size)
+            p = params.get(f"tied {h.shape[-1]}" if tied else f"{i} {kind}")
+            h = apply(kind, (p, params[f"{i} {kind} too"]) if kind == "concatenated" else p, h, size)
         penalty = sum(jnp.sum(p**2) for p in params.values()) if self.decay else 0.0
         return weight * jnp.sum(h**2) + jnp.sum(jnp.sin(h)) + self.decay * penalty
 
@@ -75,6 +226,12 @@ def apply(kind: str, p: Any, h: Array, size: int) -> Array:
     if kind == "attention":
         query, key, value = (h @ p[:, i * size : (i + 1) * size] for i in range(3))
         return jax.nn.softmax(query @ key.T) @ value
+    if kind in SQUARE:
+        return SQUARE[kind](p, h)
+    if kind == "lookup":
+        return rows_taken(p, h)
+    if kind == "concatenated":
+        return h @ jnp.concatenate([p[1], p[0], p[1]], 1)
     if kind == "scan":
         return jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), h, p)[0]
     return jnp.tanh(h)
@@ -95,8 +252,10 @@ def settings(draw: st.DrawFn) -> dict[str, Any]:
     """Networks, batches and what `moments` takes."""
     n = draw(st.integers(1, 7))
     groups = draw(st.sampled_from([None, 1, 3, 40]))
+    # The rarer kinds in front: hypothesis draws the first ones more often.
+    kinds = st.sampled_from(KINDS[::-1])
     return {
-        "layers": draw(st.lists(st.tuples(st.sampled_from(KINDS), st.integers(1, 4)), min_size=1, max_size=5)),
+        "layers": draw(st.lists(st.tuples(kinds, st.integers(1, 4)), min_size=2, max_size=5)),
         "shape": (n, draw(st.integers(1, 3)), draw(st.integers(1, 4))),
         "seed": draw(st.integers(0, 99)),
         "weights": draw(st.none() | st.lists(st.sampled_from([0.0, 0.5, 1.0, 2.0]), min_size=n, max_size=n)),
@@ -123,7 +282,7 @@ def test_moments_of_random_networks(x64, quickly, drawn):
     weights = np.ones(n) if drawn["weights"] is None else np.asarray(drawn["weights"])
     x = generator.normal(size=drawn["shape"])
     poisoned = np.where((weights > 0)[:, None, None], x, np.nan)
-    by = None if groups is None else np.asarray(drawn["by"])
+    by = None if groups is None else np.asarray(drawn["by"], np.int32)
     given = None if drawn["weights"] is None else weights
 
     def measure(params: Any, clean: Any, batch: Any, given: Any, by: Any) -> tuple[Any, ...]:
@@ -133,10 +292,13 @@ def test_moments_of_random_networks(x64, quickly, drawn):
         found = (sites.moments(network.loss, params, batch, elementwise=e, **options) for e in (True, False))
         return each, norms, *found
 
-    with mock.patch.object(_engine, "BLOCK", drawn["block"]), warnings.catch_warnings():
-        if network.decay:
-            # The norms of single gradients need their cross term with the decay.
-            warnings.simplefilter("ignore", sites.SlowPathWarning)
+    with (
+        mock.patch.object(_engine, "BLOCK", drawn["block"]),
+        mock.patch.object(_program, "UNROLLED", UNROLLED),
+        warnings.catch_warnings(),
+    ):
+        # Long scans and branches are slow, and so are norms of single gradients with their cross term with a decay.
+        warnings.simplefilter("ignore", sites.SlowPathWarning)
         factor = generator.normal(size=n)
         found = quickly(measure, network.params, (x, factor), (poisoned, factor), given, by)
     each, norms, full, trace = jax.tree.map(np.asarray, found)
