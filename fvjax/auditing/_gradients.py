@@ -1,11 +1,11 @@
 """Variance of the gradient over path samples of the pairs: in total, by time and by layer."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from fvjax import gradients
 from fvjax.auditing._inputs import Field, is_array
@@ -16,6 +16,9 @@ from fvjax.types import Array, GradientMoments, Params, PathSample, Scalar
 
 AT_ONCE = 256
 """Path samples that are differentiated at once."""
+
+VERIFIED = 2
+"""Path samples whose gradients are compared with those of `vmap(grad)`."""
 
 MEANS = 2**28
 """Bound on bins x parameters, the numbers in the mean gradients by bin (1 GiB): above, all draws are one bin."""
@@ -120,18 +123,27 @@ def _with(params: Params, values: list[Array]) -> Params:
     return jax.tree.unflatten(structure, [next(given) if is_parameter(leaf) else leaf for leaf in leaves])
 
 
-@partial(jax.jit, static_argnames="bins")
-def _sums(field: Field, paths: PathSample, by: Array, *, bins: int) -> tuple[Sums, Sums]:
-    """Of all draws, and by bin."""
+def _loss(field: Field, values: list[Array], example: PathSample) -> Array:
+    """The squared error of one example, as a function of the parameters that are differentiated."""
     function, params = field.parts()
 
     def velocity(values: list[Array], t: Scalar, x: Array) -> Array:
         return function(_with(params, values), t, x).astype(x.dtype)
 
-    values = [leaf for leaf in jax.tree.leaves(params) if is_parameter(leaf)]
-    loss = squared_error(velocity)
+    return squared_error(velocity)(values, example)
+
+
+def _sums(field: Field, paths: PathSample, by: Array, *, bins: int) -> tuple[Sums, Sums]:
+    """Of all draws, and by bin; two of them are verified."""
+    values = [leaf for leaf in jax.tree.leaves(field.parts()[1]) if is_parameter(leaf)]
     chunk = min(AT_ONCE, len(paths.t))
-    binned = gradients.gradient_moments(loss, values, paths, by=by, groups=bins, chunk=chunk)
+    loss = Partial(_loss, field)
+    binned = gradients.gradient_moments(loss, values, paths, by=by, groups=bins, chunk=chunk, verify=VERIFIED)
+    return _summed(binned)
+
+
+@jax.jit
+def _summed(binned: GradientMoments) -> tuple[Sums, Sums]:
     return _sums_of(gradients.merge_groups(binned)), _sums_of(binned)
 
 

@@ -8,19 +8,36 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.tree_util import Partial
 
 from fvjax.flows import transport
 from fvjax.gradients import gradient_moments, merge_moments, total_variance
 from fvjax.losses import squared_error
 from fvjax.monitoring._probe import Sources
 from fvjax.pairs import nearest_target_is_own
+from fvjax.sites import verify as verify_gradients
 from fvjax.types import Array, GradientMoments, Params, PathSample
 
 
-@functools.partial(jax.jit, static_argnames=("field", "reduction"))
+@functools.lru_cache(maxsize=16)
+def _loss(field: Any, reduction: str) -> Partial:
+    """One loss for one field, whose programs are compiled once."""
+    return Partial(squared_error(field, reduction=reduction))
+
+
+def verify(field: Any, params: Params, probe: Sequence[PathSample], reduction: str) -> None:
+    """Compares two gradients with those of `vmap(grad)`: RuntimeError if they disagree."""
+    verify_gradients(_loss(field, reduction), params, probe[0])
+
+
 def _moments(field: Any, reduction: str, params: Params, paths: PathSample) -> tuple[GradientMoments, Array]:
-    found = gradient_moments(squared_error(field, reduction=reduction), params, paths)
-    return found, total_variance(found, ddof=1)
+    found = gradient_moments(_loss(field, reduction), params, paths)
+    return found, _unbiased(found)
+
+
+@jax.jit
+def _unbiased(moments: GradientMoments) -> Array:
+    return total_variance(moments, ddof=1)
 
 
 @jax.jit

@@ -1,5 +1,6 @@
 """The monitor: a callable for any training loop that looks once in so many steps."""
 
+import math
 import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -22,6 +23,7 @@ from fvjax.monitoring._record import (
     message,
     state_of,
 )
+from fvjax.sites import DisagreementWarning
 from fvjax.training import MetricsLog, on_first_device
 from fvjax.types import Key, Pair, Params, Scalar, VelocityField
 
@@ -128,6 +130,7 @@ class VarianceMonitor:
             found = _probe.draw_sources(source_key, Pair(*pairs), others, sources=sources, targets=targets)
             self._sources, self._count = found
         self._memorizing = self._warned = False
+        self._verified: bool | None = None
         self._log = log if isinstance(log, MetricsLog) else None
         self._folder = Path(log) if isinstance(log, Path | str) else None
         if self._log is not None:
@@ -169,7 +172,7 @@ class VarianceMonitor:
             self._folder.mkdir(parents=True, exist_ok=True)
             self._log, self._folder = MetricsLog(self._folder, step=step - 1), None
             self.resume(self._log.rows)
-        variance, by_bin, noise_scale = _measures.variance_of(self._field, params, self._paths, self._reduction)
+        variance, by_bin, noise_scale = self._variance(params)
         record = MonitorRecord(step, variance, by_bin, noise_scale)
         if self._sources is not None:
             record = self._with_flow(record, flow, self._sources)
@@ -181,6 +184,20 @@ class VarianceMonitor:
             counts = self._count, len(self._sources.x0) - self._count  # type: ignore[union-attr]
             warnings.warn(MemorizationWarning(message(record, counts)), stacklevel=3)
         return record
+
+    def _variance(self, params: Params) -> tuple[float, tuple[float, ...], float]:
+        """Total, by bin, noise scale; nan, and a warning once, if the first look finds that the gradients are wrong."""
+        problem = self._field, params, self._paths, self._reduction
+        if self._verified is None:
+            try:
+                _measures.verify(*problem)
+                self._verified = True
+            except RuntimeError as error:
+                self._verified = False
+                warnings.warn(f"{error}. The variance is nan.", DisagreementWarning, stacklevel=5)
+        if not self._verified:
+            return math.nan, (math.nan,) * len(self._paths), math.nan
+        return _measures.variance_of(*problem)
 
     def row(self, step: int) -> dict[str, float]:
         """The numbers of a look at `step` by the name of their column, for a log of your own; {} if there was none."""
