@@ -1,144 +1,36 @@
-"""The models, the float64 reference, and the contenders in JAX: a worker's program (see _worker.py)."""
+"""The contenders in JAX: a worker's program (see _worker.py)."""
 
-import math
+import statistics
 import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from _problems import PROBLEMS, Array, Batch, Loss, Problem
 from _worker import Contender, serve
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import unflatten_dict
 
 import fvjax
 from fvjax import sites
+from fvjax._convolutions import refined
 
-Array = jax.Array
-Batch = tuple[Array, Array, Array]
-norm = partial(nn.GroupNorm, num_groups=8, reduction_axes=(-3, -2, -1))  # one example: no batch axis to spare
-
-
-class Network(nn.Module):
-    """Four hidden layers of 512 units; time is one more input."""
-
-    @nn.compact
-    def __call__(self, t: Array, x: Array) -> Array:
-        """Velocity of one example."""
-        hidden = jnp.concatenate([x, t[None]])
-        for _ in range(4):
-            hidden = nn.silu(nn.Dense(512)(hidden))
-        return nn.Dense(x.size)(hidden)
+COMPILED_AGAIN = 2.0
+"""A compilation below this many seconds is made three times, and the median counts."""
 
 
-def conv(features: int, size: int = 3, stride: int = 1) -> nn.Conv:
-    """Padded alike on both sides, as PyTorch does it."""
-    return nn.Conv(features, (size, size), strides=(stride, stride), padding=size // 2)
+class Program(NamedTuple):
+    """What is compiled, and how the number to check is read from its result.
 
+    `jitted`: whether the caller compiles it; else it compiles itself at its first call.
+    """
 
-class Residual(nn.Module):
-    """Two convolutions, GroupNorm before each, the time embedding added in between."""
-
-    features: int
-
-    @nn.compact
-    def __call__(self, x: Array, embedding: Array) -> Array:
-        """[h, w, c] -> [h, w, features]."""
-        h = conv(self.features)(nn.silu(norm()(x)))
-        h = h + nn.Dense(self.features)(embedding)
-        h = conv(self.features)(nn.silu(norm()(h)))
-        return h + (x if x.shape[-1] == self.features else conv(self.features, 1)(x))
-
-
-class Attention(nn.Module):
-    """Self-attention of one head over all positions."""
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        """[h, w, c] -> [h, w, c]."""
-        tokens = norm()(x).reshape(-1, x.shape[-1])
-        query, key, value = (nn.Dense(x.shape[-1])(tokens) for _ in range(3))
-        weights = jax.nn.softmax(query @ key.T / math.sqrt(x.shape[-1]))
-        return x + nn.Dense(x.shape[-1])(weights @ value).reshape(x.shape)
-
-
-class UNet(nn.Module):
-    """Two resolutions, 64 and 128 channels, attention at the lower one."""
-
-    @nn.compact
-    def __call__(self, t: Array, x: Array) -> Array:
-        """[h, w, c] -> [h, w, c]."""
-        angles = jnp.exp(jnp.linspace(0, 4, 32)) * t
-        embedding = nn.silu(nn.Dense(128)(jnp.concatenate([jnp.sin(angles), jnp.cos(angles)])))
-        skip = Residual(64)(conv(64)(x), embedding)
-        h = Residual(128)(conv(128, stride=2)(skip), embedding)
-        h = Residual(128)(Attention()(h), embedding)
-        h = conv(64)(jnp.repeat(jnp.repeat(h, 2, axis=0), 2, axis=1))
-        h = Residual(64)(jnp.concatenate([h, skip], -1), embedding)
-        return conv(x.shape[-1])(nn.silu(norm()(h)))
-
-
-class Problem(NamedTuple):
-    """A Flax network `(t, x) -> velocity` of one example, its shape, the batch, and the chunk of the chunked peers."""
-
-    network: nn.Module
-    shape: tuple[int, ...]
-    batch: int
-    chunk: int
-
-
-# A further model needs an entry here and, for the rows of PyTorch, one in _torch_peers.NETWORKS with the same names of
-# the layers.
-PROBLEMS = {
-    "mlp": Problem(Network(), (64,), 1024, 64),
-    "unet": Problem(UNet(), (16, 16, 3), 64, 8),
-}
-
-
-def example_loss(network: nn.Module) -> Callable[[Any, Batch], Array]:
-    """Squared error of one example, summed over its dimensions."""
-
-    def loss(params: Any, example: Batch) -> Array:
-        t, x, target = example
-        velocity: Any = network.apply({"params": params}, t, x)
-        return jnp.sum((velocity - target) ** 2)
-
-    return loss
-
-
-@jax.jit(static_argnums=0)
-def reference(loss: Callable[[Any, Batch], Array], params: Any, batch: Batch) -> dict[str, Array]:
-    """Mean loss, mean |g|^2 and total variance from one example after the other."""
-
-    def body(sums: Any, example: Batch) -> tuple[Any, None]:
-        value, gradient = jax.value_and_grad(loss)(params, example)
-        square = sum(jnp.sum(g**2) for g in jax.tree.leaves(gradient))
-        return jax.tree.map(jnp.add, sums, (value, square, gradient)), None
-
-    empty = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, params))
-    sums, _ = jax.lax.scan(body, empty, batch)
-    value, square, mean = jax.tree.map(lambda x: x / len(batch[0]), sums)
-    return {"loss": value, "norm": square, "variance": square - sum(jnp.sum(g**2) for g in jax.tree.leaves(mean))}
-
-
-def prepare(model: str, batch: int | None) -> dict[str, Any]:
-    """Weights, data and the float64 reference of a model, as flat arrays for an npz file."""
-    problem = PROBLEMS[model]
-    n = batch or problem.batch
-    if n % problem.chunk:
-        raise ValueError(f"batch must be a multiple of {problem.chunk} for {model}, got {n}")
-    init_key, *keys = jax.random.split(jax.random.key(0), 4)
-    params = problem.network.init(init_key, jnp.zeros(()), jnp.zeros(problem.shape))["params"]
-    shape = (n, *problem.shape)
-    data = (jax.random.uniform(keys[0], (n,)), *(jax.random.normal(key, shape) for key in keys[1:]))
-    with jax.enable_x64(True):
-        exact = reference(example_loss(problem.network), *jax.tree.map(lambda x: x.astype(float), (params, data)))
-    flat = {f"params/{name}": np.asarray(value) for name, value in flatten_dict(params, sep="/").items()}
-    flat |= dict(zip(("t", "x", "target"), map(np.asarray, data), strict=True))
-    return flat | {name: np.asarray(x) for name, x in exact.items()} | {"chunk": problem.chunk, "model": model}
+    function: Callable[[Any, Batch], Any]
+    read: Callable[[Any], Any]
+    jitted: bool = True
 
 
 def spread(gradients: Any) -> tuple[Any, Array]:
@@ -151,52 +43,158 @@ def spread(gradients: Any) -> tuple[Any, Array]:
     return mean, jnp.sum(jnp.stack(jax.tree.leaves(parts)))
 
 
-def functions(loss: Callable[[Any, Batch], Array], chunk: int) -> dict[str, tuple[Callable, Callable]]:
-    """What is compiled, and how the number to check is read from its result."""
+def grouped(gradients: Callable[[Any], Any], pieces: Any, by: Array, groups: int) -> tuple[Any, Array]:
+    """Mean gradient of each group, and sum of squared deviations from these, in two passes over pieces of the batch.
 
-    def plain(params: Any, batch: Batch) -> Any:
-        return jax.value_and_grad(lambda p: jnp.mean(jax.vmap(loss, in_axes=(None, 0))(p, batch)))(params)
+    Args:
+        gradients: of the examples in one piece, each leaf [chunk, ...].
+        pieces: [pieces, chunk, ...].
+        by: the groups of the examples, [pieces, chunk].
+        groups: their number.
+    """
+    counts = jnp.bincount(by.reshape(-1), length=groups)
 
-    def whole(params: Any, batch: Batch) -> tuple[Any, Array]:
-        mean, m2 = spread(fvjax.per_example_gradients(loss, params, batch))
-        return mean, m2 / len(batch[0])
+    def add(totals: Any, piece: tuple[Any, Array]) -> tuple[Any, None]:
+        own = gradients(piece[0])
+        return jax.tree.map(lambda total, g: total.at[piece[1]].add(g), totals, own), None
 
-    def chunked(params: Any, batch: Batch) -> tuple[Any, Array]:
-        pieces = jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), batch)
-        means, m2 = jax.lax.map(lambda piece: spread(fvjax.per_example_gradients(loss, params, piece)), pieces)
-        mean, between = spread(means)
-        return mean, (jnp.sum(m2) + chunk * between) / len(batch[0])
+    shapes = jax.eval_shape(gradients, jax.tree.map(lambda x: x[0], pieces))
+    empty = jax.tree.map(lambda g: jnp.zeros((groups, *g.shape[1:]), g.dtype), shapes)
+    totals, _ = jax.lax.scan(add, empty, (pieces, by))
+    means = jax.tree.map(lambda total: total / counts.reshape(-1, *[1] * (total.ndim - 1)), totals)
 
-    def variance(moments: fvjax.GradientMoments) -> Array:
-        return fvjax.total_variance(moments)
+    def deviations(piece: tuple[Any, Array]) -> Array:
+        parts = jax.tree.map(lambda g, mean: jnp.sum((g - mean[piece[1]]) ** 2), gradients(piece[0]), means)
+        return jnp.sum(jnp.stack(jax.tree.leaves(parts)))
+
+    return means, jnp.sum(jax.lax.map(deviations, (pieces, by)))
+
+
+def clipped(loss: Loss, n: int, microbatch: int | None) -> Callable[[Any, Batch], Any]:
+    """The sum of gradients of norm at most 1, and the norms before; the library's transformation."""
+    from jax_privacy.clipping import clipped_grad
+
+    return clipped_grad(
+        loss, l2_clip_norm=1.0, normalize_by=n, keep_batch_dim=False, return_grad_norms=True, microbatch_size=microbatch
+    )
+
+
+def formed(problem: Problem, n: int) -> dict[str, Program]:
+    """The contenders that form all gradients: those of `vmap(grad)`."""
+    by = problem.by(n)
+
+    def in_pieces(batch: Any, chunk: int) -> Any:
+        return jax.tree.map(lambda x: x.reshape(-1, chunk, *x.shape[1:]), batch)
+
+    def variance(params: Any, batch: Batch, chunk: int) -> tuple[Any, Array]:
+        def gradients(piece: Batch) -> Any:
+            return fvjax.per_example_gradients(problem.loss, params, piece)
+
+        if by is not None:
+            pieces, own = in_pieces((batch, jnp.asarray(by)), chunk)
+            means, m2 = grouped(gradients, pieces, own, problem.groups or 1)
+        elif chunk == n:
+            means, m2 = spread(gradients(batch))
+        else:
+            means, within = jax.lax.map(lambda piece: spread(gradients(piece)), in_pieces(batch, chunk))
+            means, between = spread(means)
+            m2 = jnp.sum(within) + chunk * between
+        return means, m2 / n
 
     return {
-        "plain": (plain, lambda result: result[0]),
-        "sites_norms": (partial(sites.square_norms, loss), lambda result: np.mean(result.square_norms, dtype=float)),
-        "sites_trace": (partial(sites.moments, loss), variance),
-        "sites_elementwise": (partial(sites.moments, loss, elementwise=True), variance),
-        "vmap_grad": (whole, lambda result: result[1]),
-        "vmap_grad_chunked": (chunked, lambda result: result[1]),
+        "vmap_grad": Program(partial(variance, chunk=n), lambda result: result[1]),
+        "vmap_grad_chunked": Program(partial(variance, chunk=problem.chunk), lambda result: result[1]),
     }
 
 
+def mean_square(norms: Any) -> Any:
+    """The mean of |g_i|^2 from these, in float64."""
+    return np.mean(norms, dtype=float)
+
+
+def programs(problem: Problem, n: int) -> dict[str, Program]:
+    """All contenders, by name. The loss is a new function at every call, of which nothing has been kept."""
+
+    def loss(params: Any, example: Batch) -> Array:
+        return problem.loss(params, example)
+
+    def of_batch(params: Any, batch: Batch) -> Array:
+        return jnp.mean(jax.vmap(loss, in_axes=(None, 0))(params, batch))
+
+    def variance(moments: fvjax.GradientMoments) -> Any:
+        """Sum of m2 over leaves, coordinates and groups, by the number of examples."""
+        return sum(np.sum(x, dtype=float) for x in jax.tree.leaves(moments.m2)) / n
+
+    by = problem.by(n)
+    options: dict[str, Any] = {} if by is None else {"by": by, "groups": problem.groups}
+    norms, trace = partial(sites.square_norms, loss), partial(sites.moments, loss, **options)
+    elementwise = partial(sites.moments, loss, elementwise=True, **options)
+    return formed(problem._replace(loss=loss), n) | {
+        "plain": Program(jax.value_and_grad(of_batch), lambda result: result[0]),
+        "plain_refined": Program(jax.value_and_grad(refined(of_batch)), lambda result: result[0]),
+        "sites_norms": Program(norms, lambda result: mean_square(result.square_norms)),
+        "sites_norms_eager": Program(norms, lambda result: mean_square(result.square_norms), jitted=False),
+        "sites_trace": Program(trace, variance),
+        "sites_trace_eager": Program(trace, variance, jitted=False),
+        "sites_elementwise": Program(elementwise, variance),
+    }
+
+
+def of_members(program: Program, members: int) -> Program:
+    """The program for each member of an ensemble, by `vmap`."""
+
+    def read(result: Any) -> Any:
+        return np.mean([float(program.read(jax.tree.map(lambda x, k=k: x[k], result))) for k in range(members)])
+
+    return Program(jax.vmap(program.function, in_axes=(0, None)), read, program.jitted)
+
+
+def program(name: str, problem: Problem, n: int) -> Program:
+    """A contender, with nothing of it compiled."""
+    if name == "privacy_clipped":
+        return Program(
+            clipped(problem.loss, n, problem.microbatch), lambda result: mean_square(result[1].grad_norms ** 2)
+        )
+    found = programs(problem, n)[name]
+    return found if problem.members is None else of_members(found, problem.members)
+
+
+def compiled(program: Program, params: Any, batch: Batch) -> tuple[Callable[[Any, Batch], Any], dict[str, float]]:
+    """What is to be called, and the facts: seconds of tracing and compilation, and the memory that XLA plans.
+
+    A program that compiles itself: seconds of its first call less those of its second.
+    """
+    jax.clear_caches()
+    start = time.perf_counter()
+    if not program.jitted:
+        jax.block_until_ready(program.function(params, batch))
+        first = time.perf_counter() - start
+        jax.block_until_ready(program.function(params, batch))
+        return program.function, {"compile_seconds": 2 * first + start - time.perf_counter(), "first_seconds": first}
+    made = jax.jit(program.function).lower(params, batch).compile()
+    facts = {"compile_seconds": time.perf_counter() - start}
+    plan = made.memory_analysis()
+    if plan is not None:
+        facts |= {"xla_temp_bytes": plan.temp_size_in_bytes, "xla_output_bytes": plan.output_size_in_bytes}
+    return made, facts
+
+
 def build(name: str, file: Path) -> Contender:
-    """Compiles a contender; `facts` are seconds of tracing and compilation, and the memory that XLA plans."""
+    """Compiles a contender; a quick compilation is repeated, since others want the cores, too."""
     with np.load(file) as arrays:
         stored = dict(arrays)
     weights = {tuple(key.split("/")[1:]): jnp.asarray(x) for key, x in stored.items() if key.startswith("params/")}
     params = unflatten_dict(weights)
-    batch = tuple(jnp.asarray(stored[key]) for key in ("t", "x", "target"))
-    loss = example_loss(PROBLEMS[str(stored["model"])].network)
-    function, read = functions(loss, int(stored["chunk"]))[name]
-    start = time.perf_counter()
-    compiled = jax.jit(function).lower(params, batch).compile()
-    facts = {"compile_seconds": time.perf_counter() - start}
-    plan = compiled.memory_analysis()
-    if plan is not None:
-        facts |= {"xla_temp_bytes": plan.temp_size_in_bytes, "xla_output_bytes": plan.output_size_in_bytes}
+    batch = tuple(jnp.asarray(stored[f"batch/{k}"]) for k in range(sum(key.startswith("batch/") for key in stored)))
+    problem = PROBLEMS[str(stored["model"])]
+    seconds: list[float] = []
+    while len(seconds) < (3 if max(seconds, default=0) < COMPILED_AGAIN else 1):
+        own = program(name, problem, len(batch[0]))
+        function, facts = compiled(own, params, batch)
+        seconds.append(facts["compile_seconds"])
+    facts |= {"compile_seconds": statistics.median(seconds)}
     return Contender(
-        lambda: jax.block_until_ready(compiled(params, batch)), lambda r: float(read(r)), lambda: None, facts
+        lambda: jax.block_until_ready(function(params, batch)), lambda r: float(own.read(r)), lambda: None, facts
     )
 
 

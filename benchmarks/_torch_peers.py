@@ -4,6 +4,7 @@ The layers bear the names that Flax gives them, so that `copied` finds the weigh
 """
 
 import math
+import re
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -15,12 +16,13 @@ from _worker import Contender, serve
 from torch import Tensor, nn
 from torch.nn import functional
 
-Batch = tuple[Tensor, Tensor, Tensor]
+Batch = tuple[Tensor, ...]
+"""What the network takes, and last the target of its output."""
 Arrays = dict[str, np.ndarray]
 
 
 class Network(nn.Module):
-    """As in _jax_contenders."""
+    """As in _problems."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -43,7 +45,7 @@ def norm(channels: int) -> nn.GroupNorm:
 
 
 class Residual(nn.Module):
-    """As in _jax_contenders."""
+    """As in _problems."""
 
     def __init__(self, before: int, channels: int) -> None:
         super().__init__()
@@ -62,7 +64,7 @@ class Residual(nn.Module):
 
 
 class Attention(nn.Module):
-    """As in _jax_contenders."""
+    """As in _problems."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Attention(nn.Module):
 
 
 class UNet(nn.Module):
-    """As in _jax_contenders."""
+    """As in _problems."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,32 +108,126 @@ class UNet(nn.Module):
         return self.Conv_3(functional.silu(self.GroupNorm_0(h)))
 
 
-NETWORKS: dict[str, Callable[[], nn.Module]] = {"mlp": Network, "unet": UNet}
+def torchcfm_unet() -> nn.Module:
+    """The network of torchcfm's CIFAR-10 example, without dropout, as fvjax.nets.unet is by default."""
+    from torchcfm.models.unet.unet import UNetModelWrapper
+
+    sizes = {"num_channels": 128, "num_res_blocks": 2, "channel_mult": [1, 2, 2, 2]}
+    return UNetModelWrapper(dim=(3, 32, 32), **sizes, num_heads=4, num_head_channels=64, attention_resolutions="16")
 
 
-def copied(arrays: Arrays) -> tuple[nn.Module, Batch]:
-    """The network with the weights of Flax, and the batch."""
-    name = str(arrays["model"])
-    if name not in NETWORKS:
-        raise NotImplementedError(f"no PyTorch version of {name}")
+class Embedding(nn.Module):
+    """As in _problems."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.Embed_0 = nn.Embedding(20_000, 64)
+        self.Dense_0 = nn.Linear(64, 3)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        """[n, l] -> [n, l, 3]."""
+        return self.Dense_0(functional.silu(self.Embed_0(tokens)))
+
+
+class Recurrent(nn.Module):
+    """As in _problems, without a derivative for the second bias that PyTorch has."""
+
+    def __init__(self, cell: Callable[..., nn.Module] = nn.LSTM) -> None:
+        super().__init__()
+        self.LSTM_0 = cell(64, 64, batch_first=True)
+        self.Dense_0 = nn.Linear(64, 3)
+        for name, parameter in self.named_parameters():
+            parameter.requires_grad_("bias_ih" not in name and "ih.bias" not in name)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, steps, features] -> [n, 3]."""
+        return self.Dense_0(self.LSTM_0(x)[0][:, -1])
+
+
+class Scaled(nn.Linear):
+    """As in _problems."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, inputs] -> [n, outputs]."""
+        return functional.linear(x, self.weight / math.sqrt(self.in_features), self.bias)
+
+
+class Masked(nn.Linear):
+    """As in _problems. The mask is no buffer: Opacus refuses layers with these."""
+
+    def __init__(self, inputs: int, outputs: int) -> None:
+        super().__init__(inputs, outputs)
+        before, after = (torch.arange(size) * 63 // size for size in (inputs, outputs))
+        self.mask = (after[:, None] >= before).float()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, inputs] -> [n, outputs]."""
+        return functional.linear(x, self.weight * self.mask, self.bias)
+
+
+class Perceptron(nn.Module):
+    """As in _problems."""
+
+    def __init__(self, layer: Callable[[int, int], nn.Module] = nn.Linear) -> None:
+        super().__init__()
+        self.Dense_0, self.Dense_1, self.Dense_2 = layer(64, 256), layer(256, 256), layer(256, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, 64] -> [n, 3]."""
+        x = functional.silu(self.Dense_0(x))
+        return self.Dense_2(functional.silu(self.Dense_1(x)))
+
+
+NETWORKS: dict[str, Callable[[], nn.Module]] = {
+    "mlp": Network,
+    "unet": UNet,
+    "cifar": torchcfm_unet,
+    "embedding": Embedding,
+    "lstm": Recurrent,
+    "scaled": partial(Perceptron, Scaled),
+    "masked": partial(Perceptron, Masked),
+    "groups10": Perceptron,
+    "groups32": Perceptron,
+    "groups33": Perceptron,
+}
+
+
+def opacus_lstm() -> nn.Module:
+    """The recurrent network with the layer that Opacus has for it."""
+    from opacus.layers import DPLSTM
+
+    return Recurrent(DPLSTM)
+
+
+def state_of(arrays: Arrays) -> dict[str, Tensor]:
+    """The weights by PyTorch's names, from these or from those of Flax."""
+    own = {name.removeprefix("torch/"): torch.tensor(x) for name, x in arrays.items() if name.startswith("torch/")}
+    if own:
+        return own
     layout = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}  # vectors; Dense [in, out]; Conv [h, w, in, out]
     state = {}
     for key in (key for key in arrays if key.startswith("params/")):
         *layers, kind = key.split("/")[1:]
-        value = torch.tensor(arrays[key].transpose(layout[arrays[key].ndim])).contiguous()
+        axes = (0, 1) if kind == "embedding" else layout[arrays[key].ndim]
+        value = torch.tensor(arrays[key].transpose(axes)).contiguous()
         state[".".join([*layers, "bias" if kind == "bias" else "weight"])] = value
-    network = NETWORKS[name]()
-    network.load_state_dict(state)
-    t, x, target = (torch.tensor(arrays[key]) for key in ("t", "x", "target"))
-    if x.ndim == 4:
-        x, target = (image.permute(0, 3, 1, 2).contiguous() for image in (x, target))
-    return network, (t, x, target)
+    return state
+
+
+def copied(arrays: Arrays, made: Callable[[], nn.Module]) -> tuple[nn.Module, Batch]:
+    """The network with the weights of the JAX contenders, and the batch."""
+    network, state = made(), state_of(arrays)
+    # Opacus' LSTM asks for each of its weights by two names.
+    second = {re.sub(r"(weight|bias)_(ih|hh)_l0", r"l0.\2.\1", name): x for name, x in state.items()}
+    network.load_state_dict({name: x for name, x in (state | second).items() if name in network.state_dict()})
+    batch = tuple(torch.tensor(arrays[f"batch/{k}"]) for k in range(sum(key.startswith("batch/") for key in arrays)))
+    return network, tuple(x.permute(0, 3, 1, 2).contiguous() if x.ndim == 4 else x for x in batch)
 
 
 def backward(network: nn.Module, batch: Batch) -> Tensor:
     """Mean loss of the batch, after the backward pass."""
-    t, x, target = batch
-    loss = (network(t, x) - target).square().sum() / len(t)
+    *inputs, target = batch
+    loss = (network(*inputs) - target).square().sum() / len(target)
     loss.backward()
     return loss.detach()
 
@@ -142,24 +238,46 @@ def spread(gradients: list[Tensor]) -> tuple[list[Tensor], Tensor]:
     return mean, torch.stack([(g - m).square().sum() for g, m in zip(gradients, mean, strict=True)]).sum()
 
 
-def torch_func(network: nn.Module, batch: Batch, chunk: int) -> Callable[[], float]:
+def torch_func(network: nn.Module, batch: Batch, *, chunk: int, groups: int) -> Callable[[], float]:
     """vmap(grad) in chunks, whose moments are merged; one chunk if it is as long as the batch."""
-    weights = {name: p.detach() for name, p in network.named_parameters()}
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
 
-    def loss(weights: dict[str, Tensor], t: Tensor, x: Tensor, target: Tensor) -> Tensor:
-        return (torch.func.functional_call(network, weights, (t[None], x[None])) - target).square().sum()
+    def loss(weights: dict[str, Tensor], *example: Tensor) -> Tensor:
+        *inputs, target = example
+        return (torch.func.functional_call(network, weights, tuple(x[None] for x in inputs)) - target).square().sum()
 
-    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0, 0))
+    of_batch = torch.func.vmap(torch.func.grad(loss), in_dims=(None, *(0 for _ in batch)))
 
-    def of_chunk(piece: tuple[Tensor, ...]) -> tuple[list[Tensor], Tensor]:
-        return spread(list(gradients(weights, *piece).values()))
+    def gradients(piece: tuple[Tensor, ...]) -> list[Tensor]:
+        return list(of_batch(weights, *piece).values())
 
     def call() -> float:
-        means, m2 = zip(*map(of_chunk, zip(*(x.split(chunk) for x in batch), strict=True)), strict=True)
+        pieces = list(zip(*(x.split(chunk) for x in batch), strict=True))
+        if groups > 1:
+            return float(grouped(gradients, pieces, groups)) / len(batch[0])
+        means, m2 = zip(*(spread(gradients(piece)) for piece in pieces), strict=True)
         _, between = spread([torch.stack(leaf) for leaf in zip(*means, strict=True)])
         return float(sum(m2) + chunk * between) / len(batch[0])
 
     return call
+
+
+def grouped(gradients: Callable[[Batch], list[Tensor]], pieces: list[Batch], groups: int) -> Tensor:
+    """Sum of squared deviations from the means of groups, to which examples belong in turn, in two passes."""
+    by = (torch.arange(sum(len(piece[0]) for piece in pieces)) % groups).split(len(pieces[0][0]))
+    counts = torch.bincount(torch.cat(by), minlength=groups)
+    totals: list[Tensor] = []
+    for own, piece in zip(by, pieces, strict=True):
+        found = gradients(piece)
+        totals = totals or [torch.zeros(groups, *g.shape[1:]) for g in found]
+        totals = [total.index_add_(0, own, g) for total, g in zip(totals, found, strict=True)]
+    means = [total / counts.reshape(-1, *[1] * (total.ndim - 1)) for total in totals]
+    deviations = [
+        (g - mean[own]).square().sum()
+        for own, piece in zip(by, pieces, strict=True)
+        for g, mean in zip(gradients(piece), means, strict=True)
+    ]
+    return torch.stack(deviations).sum()
 
 
 def opacus_norms(network: nn.Module, batch: Batch, *, ghost: bool) -> Callable[[], float]:
@@ -224,12 +342,16 @@ def build(name: str, file: Path) -> Contender:
     """A contender on as many threads as the process may use cores (PyTorch's default)."""
     with np.load(file) as stored:
         arrays = dict(stored)
-    network, batch = copied(arrays)
-    n = len(batch[0])
+    model = str(arrays["model"])
+    if model not in NETWORKS:
+        raise NotImplementedError(f"no PyTorch version of {model}")
+    special = model == "lstm" and name.startswith("opacus")
+    network, batch = copied(arrays, opacus_lstm if special else NETWORKS[model])
+    n, groups = len(batch[0]), int(arrays["groups"])
     calls: dict[str, Callable[[], Callable[[], Any]]] = {
         "plain": lambda: partial(backward, network, batch),
-        "func": lambda: torch_func(network, batch, n),
-        "func_chunked": lambda: torch_func(network, batch, int(arrays["chunk"])),
+        "func": lambda: torch_func(network, batch, chunk=n, groups=groups),
+        "func_chunked": lambda: torch_func(network, batch, chunk=int(arrays["chunk"]), groups=groups),
         "opacus_samples": lambda: opacus_norms(network, batch, ghost=False),
         "opacus_ghost": lambda: opacus_norms(network, batch, ghost=True),
     }
