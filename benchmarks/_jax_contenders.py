@@ -13,6 +13,7 @@ import numpy as np
 from _problems import PROBLEMS, Array, Batch, Loss, Problem
 from _worker import Contender, serve
 from flax.traverse_util import unflatten_dict
+from jax.tree_util import Partial
 
 import fvjax
 from fvjax import sites
@@ -128,14 +129,18 @@ def programs(problem: Problem, n: int) -> dict[str, Program]:
     by = problem.by(n)
     options: dict[str, Any] = {} if by is None else {"by": by, "groups": problem.groups}
     norms, trace = partial(sites.square_norms, loss), partial(sites.moments, loss, **options)
+    # Outside jit a Partial is compiled once, any other loss at every call.
+    kept = Partial(loss)
     elementwise = partial(sites.moments, loss, elementwise=True, **options)
     return formed(problem._replace(loss=loss), n) | {
         "plain": Program(jax.value_and_grad(of_batch), lambda result: result[0]),
         "plain_refined": Program(jax.value_and_grad(refined(of_batch)), lambda result: result[0]),
         "sites_norms": Program(norms, lambda result: mean_square(result.square_norms)),
-        "sites_norms_eager": Program(norms, lambda result: mean_square(result.square_norms), jitted=False),
+        "sites_norms_eager": Program(
+            partial(sites.square_norms, kept), lambda result: mean_square(result.square_norms), jitted=False
+        ),
         "sites_trace": Program(trace, variance),
-        "sites_trace_eager": Program(trace, variance, jitted=False),
+        "sites_trace_eager": Program(partial(sites.moments, kept, **options), variance, jitted=False),
         "sites_elementwise": Program(elementwise, variance),
     }
 

@@ -255,6 +255,9 @@ def moments(
         for k, own in zip(unsure, _chosen(sound, quickly, carefully, operands), strict=True):
             seconds[k] = own
         sound = jnp.ones((), bool)
+    if weighting.by is not None:  # one example has no variance, whatever is left of the differences
+        alone = weighting.counts(len(passed.losses)) <= 1
+        seconds = [[jnp.where(_moments.trailing(alone, x) > 0, 0, x) for x in own] for own in seconds]
     return _found(plan, passed, quick, seconds), sound
 
 
@@ -309,25 +312,33 @@ def _careful_moments(
     found: Sequence[tuple[list[Array], Array]],
     trace: bool,
 ) -> list[list[Array]]:
-    """m2 of products of which some lost digits: by their deviations, else by forming every gradient."""
+    """m2 of products of which some lost digits: by their deviations, else by forming every gradient.
+
+    Product by product, so that what one needs is freed before the next.
+    """
     lead = 0 if weighting.groups is None else 1
-    seconds, sounds, means = [], [], []
-    for cluster, (quick, quick_sound) in zip(clusters, found, strict=True):
-        factors = _products.counted(_factors(plan, cluster, passed), weighting)
-        m2, sound, mean = _products.shifted(factors, weighting, trace=trace)
-        scaled = cluster.scaling == Scaling.GENERAL
-        own = m2 if trace else _laid_out(plan, cluster, lead)(m2)
-        seconds.append(quick if scaled else [own])
-        sounds.append(quick_sound if scaled else sound)
-        means.append(mean)
 
-    def exactly(operands: Any) -> list[list[Array]]:
-        _, means, passed, weights, by = operands
-        own = Weighting(weights, by, weighting.groups)
-        return _exact_moments(plan, clusters, passed, weighting=own, means=means, trace=trace)
+    def of_cluster(cluster: Cluster, quick: list[Array], sound: Array) -> list[Array]:
+        def by_deviations(operands: Any) -> list[Array]:
+            first, passed, weights, by = operands
+            own = Weighting(weights, by, weighting.groups)
+            factors = _products.counted(_factors(plan, cluster, passed), own)
+            second, enough, mean = _products.shifted(factors, own, trace=trace)
+            m2 = [second if trace else _laid_out(plan, cluster, lead)(second)]
+            if cluster.scaling == Scaling.GENERAL:
+                m2, enough = first, jnp.zeros((), bool)
 
-    operands = seconds, means, passed, weighting.weights, weighting.by
-    return _chosen(_all(sounds), lambda operands: operands[0], exactly, operands)
+            def exactly(operands: Any) -> list[Array]:
+                _, mean, passed, weights, by = operands
+                own = Weighting(weights, by, weighting.groups)
+                return _exact_moments(plan, [cluster], passed, weighting=own, means=[mean], trace=trace)[0]
+
+            return _chosen(enough, lambda operands: operands[0], exactly, (m2, mean, passed, weights, by))
+
+        operands = quick, passed, weighting.weights, weighting.by
+        return _chosen(sound, lambda operands: operands[0], by_deviations, operands)
+
+    return [of_cluster(cluster, quick, sound) for cluster, (quick, sound) in zip(clusters, found, strict=True)]
 
 
 def _exact_moments(
