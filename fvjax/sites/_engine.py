@@ -331,7 +331,7 @@ def _careful_moments(
             def exactly(operands: Any) -> list[Array]:
                 _, mean, passed, weights, by = operands
                 own = Weighting(weights, by, weighting.groups)
-                return _exact_moments(plan, [cluster], passed, weighting=own, means=[mean], trace=trace)[0]
+                return _exact_moments(plan, cluster, passed, weighting=own, mean=mean, trace=trace)
 
             return _chosen(enough, lambda operands: operands[0], exactly, (m2, mean, passed, weights, by))
 
@@ -342,63 +342,44 @@ def _careful_moments(
 
 
 def _exact_moments(
-    plan: Plan,
-    clusters: Sequence[Cluster],
-    passed: Backward,
-    *,
-    weighting: Weighting,
-    means: Sequence[Array],
-    trace: bool,
-) -> list[list[Array]]:
-    """m2 of products at their means, [groups of examples?, groups, R, C]: one gradient after the other is formed.
+    plan: Plan, cluster: Cluster, passed: Backward, *, weighting: Weighting, mean: Array, trace: bool
+) -> list[Array]:
+    """m2 of products at their mean, [groups of examples?, groups, R, C]: one gradient after the other is formed.
 
-    The means are off by a few roundings, so with the gaps g - mean in a group, m2 = sum w gap^2 - (sum w gap)^2 / W.
+    The mean is off by a few roundings, so with the gaps g - mean in a group, m2 = sum w gap^2 - (sum w gap)^2 / W.
     The examples are taken group by group, and each adds to m2 by how much that grows: one sum of gaps is kept.
     """
     n, grouped = len(passed.losses), weighting.by is not None
-    products = [_product_of_one(plan, cluster, passed) for cluster in clusters]
-    scales = [_scale_of(cluster, passed) for cluster in clusters]
+    product, scale = _product_of_one(plan, cluster, passed), _scale_of(cluster, passed)
     weights, groups = weighting.of(n), jnp.zeros(n, jnp.int32)
     if weighting.by is not None:
         inside = weighting.inside(weighting.by)
         weights, groups = jnp.where(inside, weights, 0), jnp.where(inside, weighting.by, 0).astype(jnp.int32)
     totals = jnp.atleast_1d(_moments.divisor(weighting.totals(n)))
-    data = [passed.of(cluster) for cluster in clusters]
+    centers = mean if grouped else mean[None]
+    examples = passed.of(cluster)
 
-    def body(carry: tuple[list[Array], list[Array], Array], row: Array) -> tuple[Any, list[Array]]:
-        sums, coordinates, last = carry
-        weight, group, example = weights[row], groups[row], jax.tree.map(lambda x: x[row], data)
-        after, growths, squares = [], [], []
-        for product, scale, own, mean, total in zip(products, scales, example, means, sums, strict=True):
-            center = jax.lax.dynamic_index_in_dim(mean, group, keepdims=False) if grouped else mean
-            gap = product(own) - center
-            gap = jnp.where(weight > 0, gap if scale is None else gap * scale, 0)
-            before, w = jnp.where(group == last, total, 0), weight.astype(gap.dtype)
-            after.append(before + w * gap)
-            growth = w * gap**2 - (after[-1] ** 2 - before**2) / totals[group].astype(gap.dtype)
-            growths.append(growth)
-            squares.append(jnp.sum(growth) if trace else jnp.zeros((), gap.dtype))
-        if not trace:
-            own = [jax.lax.dynamic_index_in_dim(c, group, keepdims=False) for c in coordinates]
-            own = [o + growth for o, growth in zip(own, growths, strict=True)]
-            coordinates = [
-                jax.lax.dynamic_update_index_in_dim(c, o, group, 0) for c, o in zip(coordinates, own, strict=True)
-            ]
-        return (after, coordinates, group), squares
+    def body(carry: tuple[Array, Any, Array], row: Array) -> tuple[Any, Any]:
+        total, coordinates, last = carry
+        weight, group, example = weights[row], groups[row], jax.tree.map(lambda x: x[row], examples)
+        gap = product(example) - jax.lax.dynamic_index_in_dim(centers, group, keepdims=False)
+        gap = jnp.where(weight > 0, gap if scale is None else gap * scale, 0)
+        before, w = jnp.where(group == last, total, 0), weight.astype(gap.dtype)
+        after = before + w * gap
+        growth = w * gap**2 - (after**2 - before**2) / totals[group].astype(gap.dtype)
+        if trace:
+            return (after, None, group), jnp.sum(growth)
+        own = jax.lax.dynamic_index_in_dim(coordinates, group, keepdims=False) + growth
+        return (after, jax.lax.dynamic_update_index_in_dim(coordinates, own, group, 0), group), None
 
     order = jnp.argsort(groups)
-    shapes = [mean.shape[1:] if grouped else mean.shape for mean in means]
-    zeros = [jnp.zeros(shape, mean.dtype) for shape, mean in zip(shapes, means, strict=True)]
-    whole = [] if trace else [jnp.zeros((len(totals), *zero.shape), zero.dtype) for zero in zeros]
-    (_, coordinates, _), squares = jax.lax.scan(body, (zeros, whole, groups[order[0]]), order)
+    empty: Any = jnp.zeros_like(centers[0]), None if trace else jnp.zeros_like(centers), groups[order[0]]
+    (_, coordinates, _), growths = jax.lax.scan(body, empty, order)
     if trace:
         by_group = Weighting(None, groups[order] if grouped else None, weighting.groups)
-        return [[jnp.maximum(by_group.total(own), 0)] for own in squares]
-    found = []
-    for cluster, own in zip(clusters, coordinates, strict=True):
-        m2 = jnp.maximum(own if grouped else own[0], 0)
-        found.append([_laid_out(plan, cluster, int(grouped))(m2)])
-    return found
+        return [jnp.maximum(by_group.total(growths), 0)]
+    m2 = jnp.maximum(coordinates if grouped else coordinates[0], 0)
+    return [_laid_out(plan, cluster, int(grouped))(m2)]
 
 
 def _product_of_one(plan: Plan, cluster: Cluster, passed: Backward) -> Callable[[Example], Array]:

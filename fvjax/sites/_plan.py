@@ -188,9 +188,9 @@ def _diagonal(step: Step, source: int, value: Array, fixed: Mapping[int, Any]) -
 def make_plan(program: Program, *, separate: bool) -> Plan:
     """Finds the sites of a program and the clusters of its leaves; `separate` keeps apart what all examples share."""
     found = _sites(program)
-    # A derivative rule of params need not be linear, and then has no parts.
-    linear = not any(has_own_rule(step.equation) for step in _chain(program, set(_roots(found))))
-    shared = _shared(program, found) if separate and linear else ()
+    shared = _shared(program, found) if separate else ()
+    if any(has_own_rule(step.equation) for step in _chain(program, set(_roots(shared)))):
+        shared = ()  # a derivative rule of params need not be linear, and then has no parts
     common = _joint(program, shared) if shared else None
     sites = tuple(site for site in found if site not in shared)
     roots = _roots(sites)

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from fvjax import per_example_gradients, sites
 from fvjax.types import Array
 
 N, LONG = 5, 70
@@ -361,3 +362,18 @@ def test_loss_is_a_loop_over_grad(agree, name, bits):
     """Catches what the builder of the case says."""
     build, slow = CASES[name]
     agree(name, build(), bits=bits, slow=slow)
+
+
+def test_weight_decay_beside_a_declared_rule_stays_apart(x64):
+    """Catches a decay that joins all leaves, since some other layer has a derivative rule of its own."""
+
+    def loss(params: Any, x: Array) -> Array:
+        return square(x @ clip_gradient(params["a"])) + square(x @ params["b"]) + 0.3 * jnp.sum(params["b"] ** 2)
+
+    params = {name: jnp.asarray(normal(seed, 4, 4), float) for seed, name in enumerate("ab")}
+    batch = jnp.asarray(normal(3, N, 4), float)
+    assert dict(sites.paths(loss, params, batch))["['b']"] == "outer products + a part that all examples share"
+    found, each = sites.moments(loss, params, batch), per_example_gradients(loss, params, batch)
+    for name, gradients in each.items():
+        np.testing.assert_allclose(found.mean[name], np.mean(gradients, 0), rtol=1e-12)
+        np.testing.assert_allclose(found.m2[name], N * np.sum(np.var(gradients, 0)), rtol=1e-12)
