@@ -26,6 +26,7 @@ from typing import Any  # noqa: E402
 
 import hypothesis  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
@@ -89,6 +90,23 @@ def x64() -> Iterator[None]:
     """Float64 for one test."""
     with jax.enable_x64(True):
         yield
+
+
+@pytest.fixture
+def wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a fault of `fvjax.sites` might do: the cotangents of two channels of every layer are 3% too large."""
+    from fvjax.sites import _engine
+
+    @jax.custom_jvp
+    def probe(value: jax.Array, _delta: jax.Array) -> jax.Array:
+        return value
+
+    @probe.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        value, more = tangents
+        return primals[0], value + (more * jnp.where(jnp.arange(more.shape[-1]) < 2, 1.03, 1.0) if more.ndim else more)
+
+    monkeypatch.setattr(_engine, "_probe", probe)
 
 
 @pytest.fixture(scope="session")

@@ -16,6 +16,7 @@ from fvjax.data import ot_benchmark
 from fvjax.interpolants import constant_noise, linear
 from fvjax.monitoring import MemorizationWarning, Returned, VarianceMonitor, _measures, _record
 from fvjax.pairs import exact_gradient_moments
+from fvjax.sites import DisagreementWarning
 from fvjax.types import Pair
 
 KEY = jax.random.key(0)
@@ -186,6 +187,22 @@ def test_the_same_params_give_the_same_numbers_and_nothing_is_traced_again():
     assert traced == before > 0
     assert one.row(10) == first.row()
     assert one.row(11) == {}
+
+
+def test_gradients_that_are_not_verified_give_nan(wrong_gradients):
+    """Catches a variance that the first look found to be wrong, a training that ends, and a warning each look."""
+
+    def own_field(params, t, x):
+        return field(params, t, x)
+
+    options = {"draws": 8, "bins": 2, "sources": 0}
+    monitor = VarianceMonitor(own_field, PAIRS, constant_noise(0.1), key=KEY, **options)
+    with pytest.warns(DisagreementWarning, match=r"the gradients of .* The variance is nan") as caught:
+        record = monitor.measure(1, PARAMS)
+    assert len(caught) == 1
+    assert caught[0].filename == __file__
+    assert np.all(np.isnan([record.gradient_variance, *record.gradient_variance_bins, record.gradient_noise_scale]))
+    assert np.isnan(monitor.measure(2, PARAMS).gradient_variance)
 
 
 def test_params_on_several_devices():

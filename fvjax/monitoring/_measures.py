@@ -26,7 +26,7 @@ def _loss(field: Any, reduction: str) -> Partial:
 
 
 def verify(field: Any, params: Params, probe: Sequence[PathSample], reduction: str) -> None:
-    """Compares two gradients with those of `vmap(grad)`: RuntimeError if they disagree."""
+    """Compares two gradients with those of `vmap(grad)`: DisagreementError if they disagree."""
     verify_gradients(_loss(field, reduction), params, probe[0])
 
 

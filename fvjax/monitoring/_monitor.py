@@ -23,7 +23,7 @@ from fvjax.monitoring._record import (
     message,
     state_of,
 )
-from fvjax.sites import DisagreementWarning
+from fvjax.sites import DisagreementError, DisagreementWarning
 from fvjax.training import MetricsLog, on_first_device
 from fvjax.types import Key, Pair, Params, Scalar, VelocityField
 
@@ -192,7 +192,7 @@ class VarianceMonitor:
             try:
                 _measures.verify(*problem)
                 self._verified = True
-            except RuntimeError as error:
+            except DisagreementError as error:
                 self._verified = False
                 warnings.warn(f"{error}. The variance is nan.", DisagreementWarning, stacklevel=5)
         if not self._verified:

@@ -122,7 +122,7 @@ def exact_gradient_moments(
 
     Raises:
         ValueError: as `exact_loss` and `gradient_moments`.
-        RuntimeError: if verified gradients disagree.
+        DisagreementError: if verified gradients disagree.
 
     Source: docs/theory.md, section 8.
     """

@@ -22,6 +22,7 @@ by example, before they are squared. Where a fast way would lose digits to cance
 `verify` compares some gradients with `vmap(grad)`. Theory, costs and limits: docs/theory.md, section 7.
 """
 
+from fvjax.sites._api import DisagreementError as DisagreementError
 from fvjax.sites._api import DisagreementWarning as DisagreementWarning
 from fvjax.sites._api import Paths as Paths
 from fvjax.sites._api import SlowPathWarning as SlowPathWarning
@@ -34,6 +35,7 @@ from fvjax.sites._api import verify as verify
 from fvjax.sites._api import with_care as with_care
 
 __all__ = [
+    "DisagreementError",
     "DisagreementWarning",
     "Paths",
     "SlowPathWarning",

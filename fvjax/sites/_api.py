@@ -21,6 +21,10 @@ class SlowPathWarning(UserWarning):
     """Part of a model is differentiated example by example, which costs more than a gradient; the result is right."""
 
 
+class DisagreementError(RuntimeError):
+    """Gradients that were to be verified are not those of `vmap(grad)`."""
+
+
 class DisagreementWarning(UserWarning):
     """Gradients that were to be verified inside `jit` are not those of `vmap(grad)`; all that was returned is nan."""
 
@@ -78,7 +82,7 @@ def square_norms(
     Raises:
         ValueError: if shapes disagree, the params are not floating point, the loss is not a real scalar, a concrete
             weight is negative, `chunk` is not an integer >= 1, or the batch is split over devices outside `pmap`.
-        RuntimeError: if verified gradients disagree. Under `jit` all results are nan then, with a DisagreementWarning.
+        DisagreementError: if verified gradients disagree. Under `jit` all is nan then, with a DisagreementWarning.
 
     Source: docs/theory.md, section 7.
     """
@@ -153,7 +157,7 @@ def moments(
         ValueError: if shapes disagree, the params are not floating point, the loss is not a real scalar, `by` is not
             integer, a concrete weight is negative, `chunk` or `groups` is not an integer >= 1, or the batch is split
             over devices outside `pmap`.
-        RuntimeError: if verified gradients disagree. Under `jit` all results are nan then, with a DisagreementWarning.
+        DisagreementError: if verified gradients disagree. Under `jit` all is nan then, with a DisagreementWarning.
 
     Source: docs/theory.md, section 7.
     """
@@ -265,7 +269,7 @@ def verify(loss: ExampleLoss, params: Params, batch: Any, *, examples: int = 2) 
         examples: how many are compared, from the first to the last.
 
     Raises:
-        RuntimeError: if they disagree; the leaves are named.
+        DisagreementError: if they disagree; the leaves are named.
         ValueError: as `moments` does of these arguments.
     """
     _verified((), loss, params, batch, rows=_verified_rows(_checked(params, batch), examples), separate=True)
@@ -454,7 +458,7 @@ def _verified(found: Any, loss: ExampleLoss, params: Params, batch: Any, *, rows
             gaps = _compiled(_disagreement, loss, options)(loss, arrays, guarded=False)
     if not _is_traced(gaps):
         if np.any(gaps > 1):
-            raise RuntimeError(_message(names, np.asarray(gaps)))
+            raise DisagreementError(_message(names, np.asarray(gaps)))
         return found
     right = jnp.all(gaps <= 1)
     report = functools.partial(jax.debug.callback, functools.partial(_report, names))

@@ -22,7 +22,7 @@ LAYOUTS = {"broadcast_in_dim", "convert_element_type", "copy", "reshape", "squee
 
 _PRODUCTS = {"dot_general", "conv_general_dilated"}
 
-_OWN_RULES = ("custom_", "linear_call", "optimize_remat")
+_OWN_RULES = ("custom_", "linear_call", "remat_opt")
 """How the names of equations begin that hold a derivative of their own, or a transpose."""
 
 

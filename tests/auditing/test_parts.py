@@ -19,6 +19,7 @@ from fvjax.auditing._inputs import Field, Rows
 from fvjax.auditing._minimiser import Minimiser
 from fvjax.auditing._nearest import Search, Targets
 from fvjax.auditing._solvers import Solver
+from fvjax.sites import DisagreementError
 
 
 def points(seed: int, n: int, d: int = 3) -> np.ndarray:
@@ -163,6 +164,14 @@ def test_gradients_of_any_framework_are_those_of_vmap_grad(make, layers):
     for row, rows in zip(found.by_time, (early, ~early), strict=True):
         assert row.draws == rows.sum()
         assert row.variance == pytest.approx(flat[rows].var(0, ddof=1).sum(), rel=tolerance)
+
+
+def test_gradients_that_are_not_verified_are_refused(wrong_gradients):
+    """Catches an audit that shows a variance which the library itself finds to be wrong."""
+    pairs = Pair(*(jnp.asarray(points(k, 8, 4).reshape(8, 2, 2)) for k in (0, 1)))
+    paths = fvjax.draw_paths(jax.random.key(1), pairs, fvjax.linear())
+    with pytest.raises(DisagreementError, match=r"are not those of vmap\(grad\)"):
+        gradient_variance(equinox_field(), paths, bins=2, time_range=(0.0, 1.0))
 
 
 def test_a_mean_gradient_lost_in_the_draws_has_no_noise_scale():

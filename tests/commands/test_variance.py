@@ -99,6 +99,13 @@ def test_a_field_that_is_not_finite_exits_with_1(command, folder):
     assert err == "error: the gradient variance of mine_field:affine is nan: the field is not finite somewhere\n"
 
 
+def test_gradients_that_are_not_verified_exit_with_1(command, wrong_gradients):
+    """Catches a table of numbers that the library itself finds to be wrong."""
+    status, out, err = command("variance", *GIVEN, "--bins", "2")
+    assert (status, out) == (1, "")
+    assert err.startswith("error: the gradients of ['a'], ['b'] are not those of vmap(grad)")
+
+
 @pytest.mark.parametrize(
     ("scale", "batch"), [(0.1, 1), (1.0, 1), (3.0, 4), (26.0, 32), (1e5, 131072), (math.inf, None), (math.nan, None)]
 )
