@@ -194,7 +194,7 @@ class VarianceMonitor:
                 self._verified = True
             except DisagreementError as error:
                 self._verified = False
-                warnings.warn(f"{error}. The variance is nan.", DisagreementWarning, stacklevel=5)
+                warnings.warn(f"{error}. The variance is nan.", DisagreementWarning, stacklevel=4)
         if not self._verified:
             return math.nan, (math.nan,) * len(self._paths), math.nan
         return _measures.variance_of(*problem)
